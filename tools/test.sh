@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Sets up, then runs the linters, the layering contracts and the whole test suite; arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+tools/setup.sh
+export PATH=$PWD/.venv/bin:$PATH
+
+ruff check .
+ruff format --check .
+lint-imports
+pytest "$@"

@@ -1,0 +1,20 @@
+"""What a run is: typed, frozen configuration from a recipe and overrides, checked before anything heavy is imported."""
+
+from varscale.config.batch import BatchSizes, resolve_batch
+from varscale.config.loading import load_config, parse_config, recipe_names, to_yaml
+from varscale.config.schema import Config, VarConConfig, VSSLConfig
+from varscale.config.zero import resolve_deepspeed, zero_stage
+
+__all__ = [
+    "BatchSizes",
+    "Config",
+    "VSSLConfig",
+    "VarConConfig",
+    "load_config",
+    "parse_config",
+    "recipe_names",
+    "resolve_batch",
+    "resolve_deepspeed",
+    "to_yaml",
+    "zero_stage",
+]

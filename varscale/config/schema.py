@@ -1,0 +1,249 @@
+"""The sections of a configuration: one small frozen model each, with its defaults and what it refuses."""
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+
+
+class Section(BaseModel):
+    """A frozen group of keys in which an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class DataConfig(Section):
+    """The converted data set, and how the loader cuts views from its images."""
+
+    dir: Path = Path("data/digits")
+    views: Annotated[int, Field(ge=2)] = 2
+    image_size: PositiveInt = 32
+    crop_scale: tuple[Fraction, Fraction] = (0.2, 1.0)
+    crop_ratio: tuple[PositiveFloat, PositiveFloat] = (3 / 4, 4 / 3)
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    flip: Probability = 0.5
+    augmentation: Literal["simaugment", "byol", "simclr", "crop_flip", "none"] = "simaugment"
+    workers: NonNegativeInt = 0  # 0: this machine's cores, divided among its ranks
+    batches_ahead: PositiveInt = 3
+    os_cache: bool = True
+
+    @model_validator(mode="after")
+    def _ranges_ascend(self) -> Self:
+        for key in ("crop_scale", "crop_ratio"):
+            low, high = getattr(self, key)
+            if low > high:
+                raise ValueError(f"data.{key} is [{low:g}, {high:g}], but its first value must not exceed its second")
+        return self
+
+
+class EncoderConfig(Section):
+    """The network that is trained and kept."""
+
+    name: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "vit_s", "vit_b", "vit_l"] = "resnet18"
+    stem: Literal["imagenet", "cifar"] | None = None
+    patch_size: PositiveInt | None = None
+    sync_batch_norm: bool = True
+
+    @property
+    def is_vit(self) -> bool:
+        return self.name.startswith("vit")
+
+    @model_validator(mode="after")
+    def _stem_or_patches(self) -> Self:
+        if self.is_vit:
+            if self.stem is not None:
+                raise ValueError(f"encoder.stem: {self.name} has none; set encoder.stem=null and encoder.patch_size")
+            if self.patch_size is None:
+                raise ValueError(
+                    f"encoder.patch_size: {self.name} needs one (16 for images of 224, 4 for images of 32)"
+                )
+        elif self.stem is None:
+            raise ValueError(f"encoder.stem: {self.name} needs one: cifar for small images, imagenet for large ones")
+        elif self.patch_size is not None:
+            raise ValueError(f"encoder.patch_size: {self.name} has no patches; set it to null or take a ViT")
+        return self
+
+
+class VarConConfig(Section):
+    """Variational supervised contrastive learning (arXiv 2506.07413)."""
+
+    name: Literal["varcon"] = "varcon"
+    temperature: PositiveFloat = 0.1
+    epsilon: NonNegativeFloat = 0.02
+    embedding_dim: PositiveInt = 128
+    detach_target: bool = False
+    detach_centroids: bool = True
+    centroids: Literal["exact", "micro"] = "exact"
+
+    @model_validator(mode="after")
+    def _temperatures_stay_positive(self) -> Self:
+        if self.epsilon >= self.temperature:
+            raise ValueError(
+                f"objective.epsilon is {self.epsilon:g}, but it must be smaller than objective.temperature "
+                f"({self.temperature:g}), or the adaptive temperature could reach zero"
+            )
+        if self.centroids == "exact" and not self.detach_centroids:
+            raise ValueError(
+                "objective.centroids=exact fixes the centroids before the gradient pass; "
+                "with objective.detach_centroids=false choose objective.centroids=micro"
+            )
+        return self
+
+
+class VSSLConfig(Section):
+    """Variational self-supervised learning (arXiv 2504.04318); numbers are ours, after BYOL's."""
+
+    name: Literal["vssl"] = "vssl"
+    distance: Literal["cosine", "euclidean"] = "cosine"
+    kl_weight: NonNegativeFloat = 1.0
+    likelihood_weight: NonNegativeFloat = 1.0
+    prior_weight: NonNegativeFloat = 0.0
+    logvar_bounds: tuple[float, float] = (-6.0, 2.0)
+    latent_dim: PositiveInt = 256
+    projector_hidden: PositiveInt = 4096
+    predictor: bool = True
+    predictor_hidden: PositiveInt = 4096
+    teacher_momentum: Annotated[float, Field(ge=0, le=1)] = 0.99
+    teacher_momentum_final: Annotated[float, Field(ge=0, le=1)] = 1.0
+
+    @model_validator(mode="after")
+    def _something_to_minimise(self) -> Self:
+        low, high = self.logvar_bounds
+        if low >= high:
+            raise ValueError(f"objective.logvar_bounds is [{low:g}, {high:g}], but the first must be below the second")
+        if self.kl_weight == self.likelihood_weight == 0:
+            raise ValueError("objective.kl_weight and objective.likelihood_weight are both 0: nothing would be learned")
+        return self
+
+
+class OptimizerConfig(Section):
+    """The optimizer and what it leaves alone. `lr` is for the global batch as it stands: nothing rescales it."""
+
+    name: Literal["sgd", "adamw", "lars"] = "sgd"
+    lr: PositiveFloat
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    weight_decay: NonNegativeFloat = 0.0
+    exclude_bias_and_norm: bool = False
+    trust_coefficient: PositiveFloat = 0.001
+    clip_grad_norm: PositiveFloat | None = None
+
+
+class ScheduleConfig(Section):
+    """How long, and the learning rate as a function of the optimizer step."""
+
+    epochs: PositiveInt
+    kind: Literal["cosine", "steps"] = "cosine"
+    warmup_epochs: NonNegativeFloat = 0
+    warmup_start_lr: NonNegativeFloat = 0.0
+    final_lr_ratio: Probability = 0.0
+    milestones: tuple[PositiveFloat, ...] = ()
+    gamma: PositiveFloat = 0.1
+
+    @model_validator(mode="after")
+    def _kinds_and_lengths_agree(self) -> Self:
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(
+                f"schedule.warmup_epochs is {self.warmup_epochs:g}, but it must be smaller than "
+                f"schedule.epochs ({self.epochs})"
+            )
+        if self.kind == "steps" and not self.milestones:
+            raise ValueError("schedule.milestones: schedule.kind=steps needs the epochs at which the rate drops")
+        if self.kind == "cosine" and self.milestones:
+            raise ValueError("schedule.milestones belongs to schedule.kind=steps; with cosine leave it out")
+        if list(self.milestones) != sorted(set(self.milestones)):
+            raise ValueError("schedule.milestones must rise from one epoch to the next")
+        return self
+
+
+class BatchConfig(Section):
+    """Images per optimizer step over all ranks, and how they are cut up; what is left out is worked out."""
+
+    global_batch_size: PositiveInt
+    micro_batch_size: PositiveInt | None = None
+    gradient_accumulation_steps: PositiveInt | None = None
+    max_micro_batch_size: PositiveInt | None = None
+
+
+class ComputeConfig(Section):
+    """Number formats and memory layout. bfloat16 is autocast: parameters and gradients stay float32."""
+
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    channels_last: bool = True
+
+
+class DeepSpeedConfig(Section):
+    """A name in ds_configs/ or the path of a DeepSpeed JSON."""
+
+    config: str = "zero0"
+
+
+class CheckpointConfig(Section):
+    """When the state is saved beside the end of training, and how many of the newest are kept."""
+
+    every_steps: PositiveInt | None = None
+    keep: PositiveInt = 2
+
+
+class LoggingConfig(Section):
+    """How often metrics are read from the device, and which trackers also get them."""
+
+    every_steps: PositiveInt = 10
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
+
+
+class OnlineKNNConfig(Section):
+    """The k-nearest-neighbour accuracy measured while training; every_epochs 0 turns it off."""
+
+    every_epochs: NonNegativeInt = 1
+    k: PositiveInt = 20
+    temperature: PositiveFloat = 0.07
+
+
+class Config(Section):
+    """A whole run."""
+
+    name: str
+    seed: NonNegativeInt = 0
+    output_dir: Path
+    data: DataConfig
+    encoder: EncoderConfig
+    objective: Annotated[VarConConfig | VSSLConfig, Field(discriminator="name")]
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+    batch: BatchConfig
+    compute: ComputeConfig = ComputeConfig()
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+    online_knn: OnlineKNNConfig = OnlineKNNConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_output_dir(cls, values: object) -> object:
+        if isinstance(values, dict) and "output_dir" not in values and isinstance(values.get("name"), str):
+            return {**values, "output_dir": f"runs/{values['name']}"}
+        return values
+
+    @model_validator(mode="after")
+    def _patches_tile_the_image(self) -> Self:
+        patch, size = self.encoder.patch_size, self.data.image_size
+        if patch is not None and size % patch:
+            divisors = [d for d in range(1, size + 1) if size % d == 0]
+            nearest = min(divisors, key=lambda d: (abs(d - patch), -d))
+            raise ValueError(
+                f"encoder.patch_size is {patch}, which does not divide data.image_size ({size}); nearest: {nearest}"
+            )
+        return self

@@ -1,0 +1,1 @@
+"""What carries a training run: ranks, DeepSpeed, optimizers, checkpoints, telemetry."""

@@ -1,0 +1,1 @@
+"""Encoders, heads, batch normalisation over ranks and the momentum teacher."""

@@ -1,0 +1,1 @@
+"""The training objectives, as pure functions of embeddings."""

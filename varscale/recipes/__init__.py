@@ -1,0 +1,1 @@
+"""Recipes: one YAML file each, its header telling command, expected accuracy, time and hardware."""
