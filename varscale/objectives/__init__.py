@@ -1,1 +1,1 @@
-"""The training objectives, as pure functions of embeddings."""
+"""The training objectives, as pure functions of embeddings: read `centroids`, then `varcon`; `vssl` stands alone."""

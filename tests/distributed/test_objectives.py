@@ -1,0 +1,132 @@
+"""Gradients averaged over 1, 2 and 4 real processes equal those of one process on the union of their batches."""
+
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from varscale.objectives.centroids import class_statistics
+from varscale.objectives.varcon import varcon_loss
+from varscale.objectives.vssl import Gaussian, vssl_loss
+
+RANKS, SAMPLES, WIDTH, CLASSES = 4, 48, 8, 10
+MILLION = 1_000_000
+UNEVEN = [torch.arange(0, 1), torch.arange(1, 30), torch.arange(30, 33), torch.arange(33, SAMPLES)]
+
+
+def make_case(kind, world, num_classes=CLASSES, **options):
+    """One batch for `world` ranks; rank 0 holds a single class where there are several ranks."""
+    generator = torch.Generator().manual_seed(world + num_classes)
+    labels = torch.randint(0, CLASSES, (SAMPLES,), generator=generator)
+    if world > 1:
+        labels[: SAMPLES // world] = 7
+    return {
+        "kind": kind,
+        "num_classes": num_classes,
+        "inputs": torch.randn(SAMPLES, WIDTH, generator=generator, dtype=torch.float64),
+        "labels": labels * (num_classes // CLASSES),
+        "weight": torch.randn(WIDTH, WIDTH, generator=generator, dtype=torch.float64),
+        "shares": list(torch.arange(SAMPLES).chunk(world)),
+        "detach_centroids": True,
+        "micro_batches": 1,
+    } | options
+
+
+VARCON = {
+    f"{world} ranks, {num_classes} classes, {'detached' if detach else 'differentiable'}": make_case(
+        "varcon", world, num_classes, detach_centroids=detach
+    )
+    for world, num_classes, detach in itertools.product((1, 2, RANKS), (CLASSES, MILLION), (True, False))
+} | {
+    f"{world} ranks, {num_classes} classes, 3 micro-batches": make_case("varcon", world, num_classes, micro_batches=3)
+    for world, num_classes in itertools.product((1, 2, RANKS), (CLASSES, MILLION))
+}
+STATISTICS = {
+    f"uneven, {num_classes} classes": make_case("statistics", RANKS, num_classes, shares=UNEVEN)
+    for num_classes in (CLASSES, MILLION)
+}
+VSSL = {f"vssl, {world} ranks": make_case("vssl", world) for world in (1, 2, RANKS)}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What each rank found in each case: a list of dictionaries by case name. All cases share four processes."""
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.save(VARCON | STATISTICS | VSSL, folder / "cases.pt")
+    worker = Path(__file__).with_name("objectives_worker.py")
+    processes = [
+        subprocess.Popen(
+            [sys.executable, worker, str(rank), str(RANKS), folder], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        for rank in range(RANKS)
+    ]
+    try:
+        outputs = [process.communicate(timeout=120)[0].decode() for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0] * RANKS, "\n".join(outputs)
+    ranks = [torch.load(folder / f"rank{rank}.pt") for rank in range(RANKS)]
+    return {name: [rank[name] for rank in ranks if name in rank] for name in VARCON | STATISTICS | VSSL}
+
+
+def averaged(results, key):
+    return torch.stack([result[key] for result in results]).mean(0)
+
+
+@pytest.mark.parametrize("name", VARCON)
+def test_varcon_equals_one_process(found, name):
+    case = VARCON[name]
+    assert len(found[name]) == len(case["shares"])
+    weight = case["weight"].clone().requires_grad_()
+    loss, terms = varcon_loss(
+        F.normalize(case["inputs"] @ weight),
+        case["labels"],
+        case["num_classes"],
+        detach_centroids=case["detach_centroids"],
+    )
+    loss.backward()
+    torch.testing.assert_close(averaged(found[name], "loss"), loss.detach(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(averaged(found[name], "gradient"), weight.grad, rtol=0, atol=1e-12)
+    assert all(result["classes_present"] == terms["classes_present"] for result in found[name])
+
+
+@pytest.mark.parametrize("name", VARCON)
+def test_varcon_traffic(found, name):
+    """One all-reduce of the statistics whatever the number of micro-batches, and one more for their gradient."""
+    case = VARCON[name]
+    dense = case["num_classes"] == CLASSES
+    rows = CLASSES if dense else len(case["labels"].unique())
+    exchanges = 0 if len(case["shares"]) == 1 else 1 if case["detach_centroids"] else 2
+    agreement = 0 if dense or not exchanges else 1  # of one number, before the exchange of class ids
+    for result in found[name]:
+        assert result["calls"] == exchanges + agreement
+        assert result["numbers"] == exchanges * rows * (WIDTH + 1) + agreement
+
+
+@pytest.mark.parametrize("name", STATISTICS)
+def test_statistics_of_uneven_batches(found, name):
+    case = STATISTICS[name]
+    whole = class_statistics(case["inputs"], case["labels"], case["num_classes"])
+    for result in found[name]:
+        assert torch.equal(result["class_ids"], whole.class_ids[whole.present])
+        torch.testing.assert_close(result["totals"], whole.totals[whole.present], rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", VSSL)
+def test_vssl_equals_one_process(found, name):
+    case = VSSL[name]
+    weight = case["weight"].clone().requires_grad_()
+    student, teacher = (
+        [Gaussian(*half.chunk(2, 1)) for half in views.chunk(2, 1)]
+        for views in (case["inputs"] @ weight, case["inputs"])
+    )
+    loss, _ = vssl_loss(student, teacher)
+    loss.backward()
+    torch.testing.assert_close(averaged(found[name], "loss"), loss.detach(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(averaged(found[name], "gradient"), weight.grad, rtol=0, atol=1e-12)
+    assert all(result["calls"] == 0 for result in found[name])
