@@ -1,0 +1,93 @@
+"""The encoders: torchvision's ResNets and vision transformers without their classifiers."""
+
+import difflib
+from typing import Literal, NamedTuple
+
+import torchvision.models
+from torch import nn
+
+from varscale.models.norm import convert_batch_norm
+
+_RESNETS = {
+    "resnet18": torchvision.models.resnet18,
+    "resnet34": torchvision.models.resnet34,
+    "resnet50": torchvision.models.resnet50,
+    "resnet101": torchvision.models.resnet101,
+    "resnet152": torchvision.models.resnet152,
+}
+
+
+class _TransformerShape(NamedTuple):
+    hidden_dim: int
+    num_layers: int
+    num_heads: int
+    mlp_dim: int
+
+
+# S is DeiT's (arXiv 2012.12877), B and L are ViT's (arXiv 2010.11929).
+_VITS = {
+    "vit_s": _TransformerShape(hidden_dim=384, num_layers=12, num_heads=6, mlp_dim=1536),
+    "vit_b": _TransformerShape(hidden_dim=768, num_layers=12, num_heads=12, mlp_dim=3072),
+    "vit_l": _TransformerShape(hidden_dim=1024, num_layers=24, num_heads=16, mlp_dim=4096),
+}
+
+ENCODERS = (*_RESNETS, *_VITS)
+
+
+def build_encoder(
+    name: str,
+    *,
+    stem: Literal["imagenet", "cifar"] = "imagenet",
+    image_size: int,
+    patch_size: int | None = None,
+    sync_batch_norm: bool = True,
+) -> nn.Module:
+    """A freshly initialised encoder: `forward(images (N, 3, image_size, image_size)) -> features (N, feature_dim)`.
+
+    It is torchvision's model with the classifier replaced by `nn.Identity`, so its state-dict keys are torchvision's
+    without `fc.*` or `heads.*`, and its initialisation is torchvision's (residual branches do not start at zero). The
+    features are the pooled last feature map of a ResNet and the class token of a ViT.
+
+    stem: for ResNets; "cifar" is a 3x3 convolution of stride 1 and no max-pooling, as for images of 32 pixels.
+    patch_size: for ViTs, in pixels; it must divide image_size.
+    sync_batch_norm: batch statistics over all ranks (`SyncBatchNorm`); ViTs have no batch normalisation.
+
+    Raises ValueError for an unknown name and for a stem or patch size that does not fit the encoder.
+    """
+    if name in _RESNETS:
+        if patch_size is not None:
+            raise ValueError(f"patch_size is {patch_size}, but {name} has no patches")
+        encoder = _build_resnet(name, stem)
+    elif name in _VITS:
+        if stem != "imagenet":
+            raise ValueError(f"stem is {stem!r}, but {name} has no stem; choose its patch_size instead")
+        encoder = _build_vit(name, image_size, patch_size)
+    else:
+        nearest = difflib.get_close_matches(name, ENCODERS, 1, 0)[0]
+        raise ValueError(f"name: {name!r} is none of {', '.join(ENCODERS)}; nearest: {nearest}")
+    return convert_batch_norm(encoder) if sync_batch_norm else encoder
+
+
+def _build_resnet(name: str, stem: str) -> nn.Module:
+    encoder = _RESNETS[name](weights=None)
+    if stem == "cifar":
+        encoder.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
+        nn.init.kaiming_normal_(encoder.conv1.weight, mode="fan_out", nonlinearity="relu")
+        encoder.maxpool = nn.Identity()
+    elif stem != "imagenet":
+        raise ValueError(f"stem is {stem!r}, expected 'imagenet' or 'cifar'")
+    encoder.feature_dim = encoder.fc.in_features
+    encoder.fc = nn.Identity()
+    return encoder
+
+
+def _build_vit(name: str, image_size: int, patch_size: int | None) -> nn.Module:
+    if patch_size is None:
+        raise ValueError(f"patch_size: {name} needs one")
+    if image_size % patch_size:
+        raise ValueError(f"patch_size is {patch_size}, which does not divide image_size ({image_size})")
+    shape = _VITS[name]
+    encoder = torchvision.models.VisionTransformer(image_size=image_size, patch_size=patch_size, **shape._asdict())
+    encoder.feature_dim = shape.hidden_dim
+    encoder.heads = nn.Identity()
+    return encoder

@@ -1,0 +1,66 @@
+"""The heads on top of the encoder: VarCon's projection, and VSSL's projector, predictor and Gaussian outputs."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from varscale.models.norm import convert_batch_norm
+
+
+class Gaussian(NamedTuple):
+    """Diagonal Gaussians: mean (N, d) and logvar (N, d), the natural logarithm of the variance, not yet bounded."""
+
+    mean: Tensor
+    logvar: Tensor
+
+
+class ProjectionHead(nn.Sequential):
+    """VarCon's head, features (N, d) -> embeddings (N, D): Linear(d, d), ReLU, Linear(d, D), then unit norm.
+
+    The norm is taken in float32 at least, whatever the precision of the layers; a zero vector stays zero.
+    """
+
+    def __init__(self, feature_dim: int, embedding_dim: int = 128):
+        super().__init__(
+            nn.Linear(feature_dim, feature_dim), nn.ReLU(inplace=True), nn.Linear(feature_dim, embedding_dim)
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        return F.normalize(_at_least_float32(super().forward(features)), dim=1)
+
+
+def batch_normalised_mlp(in_dim: int, hidden_dim: int, out_dim: int, *, sync_batch_norm: bool = True) -> nn.Sequential:
+    """Linear-BN-ReLU-Linear, (N, in_dim) -> (N, out_dim): VSSL's projector and predictor, after BYOL.
+
+    The first layer has no bias: batch normalisation would subtract it again.
+    """
+    layers = nn.Sequential(
+        nn.Linear(in_dim, hidden_dim, bias=False),
+        nn.BatchNorm1d(hidden_dim),
+        nn.ReLU(inplace=True),
+        nn.Linear(hidden_dim, out_dim),
+    )
+    return convert_batch_norm(layers) if sync_batch_norm else layers
+
+
+class GaussianHead(nn.Module):
+    """Two linear layers, (N, d) -> `Gaussian` of (N, d) and (N, d), in float32 at least.
+
+    The logvar layer keeps torch's weights and starts without bias, so that variances start around 1 (this project's
+    choice). Its weights must not start at zero: LARS moves a weight in proportion to its norm, so they would stay.
+    """
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.mean = nn.Linear(dim, dim)
+        self.logvar = nn.Linear(dim, dim)
+        nn.init.zeros_(self.logvar.bias)
+
+    def forward(self, latents: Tensor) -> Gaussian:
+        return Gaussian(_at_least_float32(self.mean(latents)), _at_least_float32(self.logvar(latents)))
+
+
+def _at_least_float32(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))

@@ -1,0 +1,62 @@
+"""The networks that are trained: an encoder with the heads its objective needs."""
+
+from torch import Tensor, nn
+
+from varscale.models.heads import Gaussian, GaussianHead, ProjectionHead, batch_normalised_mlp
+
+
+class VarConNetwork(nn.Module):
+    """images (N, 3, H, W) -> unit-norm embeddings (N, D) for the VarCon objective."""
+
+    def __init__(self, encoder: nn.Module, head: nn.Module):
+        super().__init__()
+        self.encoder = encoder
+        self.head = head
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.encoder(images))
+
+
+class VSSLNetwork(nn.Module):
+    """images (N, 3, H, W) -> `Gaussian` of (N, d) and (N, d) for the VSSL objective; the teacher has no predictor."""
+
+    def __init__(self, encoder: nn.Module, projector: nn.Module, predictor: nn.Module | None, gaussian: nn.Module):
+        super().__init__()
+        self.encoder = encoder
+        self.projector = projector
+        self.predictor = predictor
+        self.gaussian = gaussian
+
+    def forward(self, images: Tensor) -> Gaussian:
+        latents = self.projector(self.encoder(images))
+        if self.predictor is not None:
+            latents = self.predictor(latents)
+        return self.gaussian(latents)
+
+
+def build_varcon_network(encoder: nn.Module, *, embedding_dim: int = 128) -> VarConNetwork:
+    """`encoder` with a freshly initialised projection head to `embedding_dim`."""
+    return VarConNetwork(encoder, ProjectionHead(encoder.feature_dim, embedding_dim))
+
+
+def build_vssl_network(
+    encoder: nn.Module,
+    *,
+    latent_dim: int = 256,
+    projector_hidden: int = 4096,
+    predictor: bool = True,
+    predictor_hidden: int = 4096,
+    sync_batch_norm: bool = True,
+) -> VSSLNetwork:
+    """The student: `encoder` with a freshly initialised projector, predictor (where wanted) and Gaussian head.
+
+    The widths are this project's, after BYOL's: the projector maps feature_dim to latent_dim through projector_hidden
+    units, the predictor latent_dim to itself through predictor_hidden.
+    """
+    sync = {"sync_batch_norm": sync_batch_norm}
+    return VSSLNetwork(
+        encoder,
+        batch_normalised_mlp(encoder.feature_dim, projector_hidden, latent_dim, **sync),
+        batch_normalised_mlp(latent_dim, predictor_hidden, latent_dim, **sync) if predictor else None,
+        GaussianHead(latent_dim),
+    )

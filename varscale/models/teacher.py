@@ -1,0 +1,77 @@
+"""The momentum teacher of VSSL: an exponential moving average of the student, never trained itself."""
+
+from collections.abc import Iterable, Sequence
+from copy import deepcopy
+
+import torch
+from torch import Tensor, nn
+
+from varscale.models.heads import Gaussian
+from varscale.models.networks import VSSLNetwork
+from varscale.models.norm import frozen_running_statistics
+
+
+class MomentumTeacher(nn.Module):
+    """A copy of the student's encoder, projector and Gaussian head that follows the student by `update`.
+
+    Build it from the whole student, before any parameter is partitioned. As in BYOL the teacher's batch normalisation
+    uses the statistics of its own batch (train mode); unlike there, its forward leaves the running statistics
+    alone, since `update` overwrites them with the student's.
+    """
+
+    def __init__(self, student: VSSLNetwork):
+        super().__init__()
+        parts = (student.encoder, student.projector, student.gaussian)
+        encoder, projector, gaussian = (deepcopy(part) for part in parts)
+        self.network = VSSLNetwork(encoder, projector, None, gaussian).requires_grad_(False).train()
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Gaussian:
+        """images (N, 3, H, W) -> `Gaussian` of (N, d) and (N, d), without gradient."""
+        with frozen_running_statistics(self.network):
+            return self.network(images)
+
+    def update(
+        self, parameters: Iterable[tuple[str, Tensor]], buffers: Iterable[tuple[str, Tensor]], momentum: float
+    ) -> None:
+        """theta_t <- momentum theta_t + (1 - momentum) theta_s for parameters; buffers are copied.
+
+        parameters, buffers: the student's `named_parameters()` and `named_buffers()`; what the teacher lacks (the
+        predictor) is passed over. Raises ValueError where one is missing or has another shape, as a parameter that ZeRO
+        stage 3 has partitioned does until it is gathered.
+        """
+        targets, sources = _matched(self.network.named_parameters(), parameters)
+        moving_average_(targets, sources, momentum)
+        targets, sources = _matched(self.network.named_buffers(), buffers)
+        if targets:
+            with torch.no_grad():
+                torch._foreach_copy_(targets, sources)
+
+
+@torch.no_grad()
+def moving_average_(targets: Sequence[Tensor], sources: Sequence[Tensor], momentum: float) -> None:
+    """target <- momentum target + (1 - momentum) source, in place, tensor by tensor or shard by shard.
+
+    momentum is in [0, 1]; 0 and 1 are exact: the source, and no change. Raises ValueError for any other.
+    """
+    if not 0 <= momentum <= 1:
+        raise ValueError(f"momentum is {momentum}, expected a number from 0 to 1")
+    torch._foreach_lerp_(list(targets), list(sources), 1 - momentum)
+
+
+def _matched(
+    teacher: Iterable[tuple[str, Tensor]], student: Iterable[tuple[str, Tensor]]
+) -> tuple[list[Tensor], list[Tensor]]:
+    found = dict(student)
+    targets, sources = [], []
+    for name, target in teacher:
+        if name not in found:
+            raise ValueError(f"the student has no {name}, which the teacher follows")
+        if found[name].shape != target.shape:
+            raise ValueError(
+                f"{name}: the student's shape is {tuple(found[name].shape)}, the teacher's {tuple(target.shape)}; "
+                "parameters partitioned by ZeRO stage 3 must be gathered first"
+            )
+        targets.append(target)
+        sources.append(found[name])
+    return targets, sources
