@@ -1,7 +1,11 @@
-"""Fixtures shared by all tests: where the repository lies, and the optional reference data beside it."""
+"""Fixtures shared by all tests: where the repository lies, optional reference data, a small data set, real runs."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -19,3 +23,72 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no reference data: {folder} does not exist")
     return folder
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory) -> Path:
+    """A converted data set: 320 training and 100 validation digits of 16x16 pixels."""
+    from sklearn.datasets import load_digits
+
+    from varscale.data.conversion import convert
+    from varscale.data.sources import open_source
+
+    source = load_digits()
+    images = np.kron(source.images * 15.9375, np.ones((1, 2, 2))).astype(np.uint8)[..., None].repeat(3, axis=3)
+    labels = source.target.astype(np.int64)
+    folder = tmp_path_factory.mktemp("digits")
+    np.savez(
+        folder / "digits.npz", x_train=images[:320], y_train=labels[:320], x_test=images[320:420], y_test=labels[320:420]
+    )
+    convert(open_source(f"npz:{folder / 'digits.npz'}"), folder / "converted")
+    return folder / "converted"
+
+
+@pytest.fixture(scope="session")
+def small_run(digits):
+    """Overrides that make a digits recipe a matter of seconds: 5 steps of 64 images an epoch, in exact float32."""
+    return [
+        f"data.dir={digits}",
+        "data.workers=1",
+        "batch.global_batch_size=64",
+        "schedule.epochs=2",
+        "compute.precision=float32",
+        "logging.every_steps=1",
+        "logging.trackers=[]",
+        "online_knn.every_epochs=0",
+    ]
+
+
+@pytest.fixture(scope="session")
+def launch():
+    """Run a program of the project as a user would; returns the completed process, whatever its exit code.
+
+    launcher: "python", "deepspeed" (2 ranks) or "torchrun" (2 ranks).
+    """
+
+    def run(*arguments: object, launcher: str = "python", ranks: int = 2, timeout: float = 300):
+        binaries = Path(sys.executable).parent
+        command = {
+            "python": [sys.executable],
+            "deepspeed": [binaries / "deepspeed", "--num_gpus", ranks, "--master_port", free_port()],
+            "torchrun": [binaries / "torchrun", "--nproc_per_node", ranks, "--master_port", free_port()],
+        }[launcher]
+        environment = os.environ | {"PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}"}
+        return subprocess.run(
+            [str(part) for part in (*command, *arguments)],
+            cwd=REPOSITORY,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+
+    return run
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -58,3 +58,9 @@ def read_manifest(run: Path) -> dict:
 def run_config(run: Path) -> Config:
     """The configuration a run was made with."""
     return parse_config(read_manifest(run)["config"], str(run / "manifest.json"))
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The lines of a metrics.jsonl, none if it does not exist; one that a killed run left unfinished is passed over."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]

@@ -1,0 +1,157 @@
+"""Every mistake in the input ends with exit code 2 and one line, before torch is loaded and with nothing left behind."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from varscale import train
+
+FAST = ["online_knn.every_epochs=0"]
+
+
+@pytest.fixture
+def data(digits, tmp_path):
+    """A copy of the data set that a test may damage."""
+    return shutil.copytree(digits, tmp_path / "data")
+
+
+@pytest.fixture
+def refused(tmp_path, capsys, monkeypatch):
+    """Call train.py's main; return its one line of complaint."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("varscale.engine.distributed.join", lambda: pytest.fail("the run was started"))
+
+    def call(*arguments: str, recipe: str = "digits-varcon") -> str:
+        before = sorted(tmp_path.rglob("*"))
+        assert train.main(["--config", recipe, *arguments]) == 2
+        assert sorted(tmp_path.rglob("*")) == before, "something was left behind"
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert captured.err.startswith("error: ")
+        assert captured.err.count("\n") == 1
+        return captured.err
+
+    return call
+
+
+def test_unknown_recipe(refused):
+    assert "nearest: digits-varcon" in refused(recipe="digit-varcon")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.lrr=1", "unknown key 'optimizer.lrr'; nearest: optimizer.lr"),
+        ("encoder.name=resnet19", "nearest: resnet18"),
+        ("deepspeed.config=zero9", "nearest: zero"),
+        ("objective.epsilon=0.1", "objective.epsilon is 0.1, but it must be smaller than objective.temperature"),
+        ("batch.micro_batch_size=48", "= 144, but global_batch_size is 128"),
+    ],
+)
+def test_configuration(refused, data, override, message):
+    assert message in refused(f"data.dir={data}", override)
+
+
+def test_data_set_not_converted(refused, tmp_path):
+    assert "holds no converted data set" in refused(f"data.dir={tmp_path / 'nowhere'}")
+
+
+def test_missing_beton(refused, data):
+    (data / "val.beton").unlink()
+    assert "val.beton does not exist" in refused(f"data.dir={data}")
+
+
+@pytest.mark.parametrize("kept", [0, 10, 1000, 0.5, 0.999])
+def test_truncated_beton(refused, data, kept):
+    path = data / "train.beton"
+    content = path.read_bytes()
+    path.write_bytes(content[: kept if isinstance(kept, int) else int(kept * len(content))])
+    assert "train.beton" in refused(f"data.dir={data}")
+
+
+def write_beton(path, with_labels: bool, labels=range(40)):
+    from ffcv.fields import IntField, RGBImageField
+    from ffcv.writer import DatasetWriter
+
+    image = np.zeros((16, 16, 3), np.uint8)
+    fields = {"image": RGBImageField()} | ({"label": IntField()} if with_labels else {})
+    samples = [(image, int(label)) if with_labels else (image,) for label in labels]
+    DatasetWriter(str(path), fields, num_workers=1).from_indexed_dataset(samples)
+
+
+def with_counts(data, count):
+    """Make dataset.json describe `count` training images."""
+    path = data / "dataset.json"
+    info = json.loads(path.read_text())
+    info["counts"]["train"] = [count] + [0] * (len(info["classes"]) - 1)
+    path.write_text(json.dumps(info))
+
+
+def test_no_labels_for_varcon(refused, data, capsys):
+    write_beton(data / "train.beton", with_labels=False)
+    with_counts(data, 40)
+    capsys.readouterr()
+    assert "VarCon needs labels" in refused(f"data.dir={data}")
+
+
+def test_labels_outside_the_classes(refused, data, capsys):
+    write_beton(data / "train.beton", with_labels=True, labels=[0, 1, 10])
+    with_counts(data, 3)
+    capsys.readouterr()
+    assert "label 10" in refused(f"data.dir={data}")
+
+
+def test_a_beton_of_another_size_than_described(refused, data):
+    with_counts(data, 7)
+    assert "holds 320 images, but dataset.json describes 7" in refused(f"data.dir={data}")
+
+
+def test_fewer_samples_than_one_global_batch(refused, data):
+    message = refused(f"data.dir={data}", "batch.global_batch_size=512")
+    assert "global_batch_size is 512" in message
+    assert "holds only 320 images" in message
+
+
+def test_output_directory_in_use(refused, data, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").touch()
+    assert "holds files that are not a run's" in refused(f"data.dir={data}", "output_dir=mine")
+    (tmp_path / "mine" / "thesis.tex").rename(tmp_path / "mine" / "manifest.json")
+    assert "already holds a run; continue it with --resume auto" in refused(f"data.dir={data}", "output_dir=mine")
+    assert "mine/manifest.json: not valid JSON" in refused(f"data.dir={data}", "output_dir=mine", "--resume", "auto")
+    assert "is a file" in refused(f"data.dir={data}", "output_dir=mine/manifest.json")
+
+
+def test_resuming_what_does_not_exist(refused, data, tmp_path):
+    assert "there is no such run" in refused(f"data.dir={data}", "--resume", str(tmp_path / "gone"))
+
+
+def test_a_tracker_that_is_not_installed(refused, data, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "wandb is not installed" in refused(f"data.dir={data}", "logging.trackers=[wandb]")
+
+
+def test_argparse_itself_answers_with_two(capsys):
+    for arguments in ([], ["--config", "digits-varcon", "--world-size", "2"], ["--config", "digits-varcon", "--nope"]):
+        with pytest.raises(SystemExit) as caught:
+            train.main(arguments)
+        assert caught.value.code == 2
+
+
+def test_help_names_the_recipes(capsys):
+    with pytest.raises(SystemExit) as caught:
+        train.main(["--help"])
+    assert caught.value.code == 0
+    assert "cifar100-varcon" in capsys.readouterr().out
+
+
+def test_mistakes_are_answered_before_torch_is_loaded(launch, tmp_path):
+    done = launch(
+        "-c",
+        "import sys; from varscale import train\n"
+        f"code = train.main(['--config', 'digits-varcon', 'data.dir={tmp_path}'])\n"
+        "print(code, {'torch', 'deepspeed', 'ffcv', 'numba'} & set(sys.modules))",
+    )
+    assert done.stdout.strip() == "2 set()"

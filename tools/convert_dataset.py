@@ -1,0 +1,141 @@
+#!/usr/bin/env python
+"""Converts images into the data set that training reads: python tools/convert_dataset.py SOURCE OUT_DIR [options]."""
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from varscale.data.conversion import Conversion, UndecodableFiles, check_directory, convert
+from varscale.data.images import DEFAULT_JPEG_QUALITY, MAX_SIDE, ImageOptions
+from varscale.data.sources import DIGIT_SIZES, open_source
+from varscale.errors import UserError
+
+NAMED_FILES = 20  # undecodable files named on the screen
+
+DESCRIPTION = """\
+Writes OUT_DIR/train.beton, val.beton (FFCV's format) and dataset.json: all of them, or nothing.
+
+sources:
+  digits           scikit-learn's 1,797 handwritten digits; a stratified fifth is held out as val
+  cifar10          torchvision's, downloaded where there is a network
+  cifar100
+  npz:FILE         arrays x_train, y_train, x_test, y_test (uint8 images, integer labels), optionally names
+  imagefolder:DIR  DIR/train/CLASS/... and DIR/val/CLASS/...: JPEG or PNG files at any depth
+"""
+STORAGE = f"""\
+how images are stored:
+  JPEG files are kept byte for byte. Only those that must change are encoded anew (quality {DEFAULT_JPEG_QUALITY}, or
+  --jpeg-quality): larger than --max-resolution, grey, CMYK, turned by EXIF, or refused by FFCV's decoder.
+  PNG files and arrays are lossless and stay so: raw, 3 bytes a pixel. With --jpeg-quality those of more than
+  64x64 pixels become JPEG. Grey becomes RGB, and what is transparent becomes white.
+  Every image is decoded once to see that it can be.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see --help)")
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = _Parser(
+        prog="convert_dataset.py",
+        description=DESCRIPTION,
+        epilog=STORAGE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", metavar="SOURCE", help="digits, cifar10, cifar100, npz:FILE or imagefolder:DIR")
+    parser.add_argument("out_dir", metavar="OUT_DIR", type=Path, help="the folder to make")
+    parser.add_argument("--max-resolution", metavar="N", type=_whole(1, MAX_SIDE), help="longest side in pixels")
+    parser.add_argument("--jpeg-quality", metavar="Q", type=_whole(1, 100), help="quality of JPEGs that are made here")
+    parser.add_argument("--workers", metavar="N", type=_whole(1, 1024), help="processes (default: the cores)")
+    parser.add_argument("--skip-bad", action="store_true", help="leave out undecodable images; skipped.txt names all")
+    parser.add_argument("--overwrite", action="store_true", help="replace the data set that OUT_DIR holds")
+    parser.add_argument("--image-size", type=int, choices=DIGIT_SIZES, help="digits: side in pixels (default: 16)")
+    parser.add_argument("--download-dir", metavar="DIR", type=Path, help="cifar10, cifar100: default ~/.cache/varscale")
+    return parser.parse_args(arguments)
+
+
+def _whole(low: int, high: int) -> Callable[[str], int]:
+    def whole(text: str) -> int:
+        if not text.isdecimal() or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from {low} to {high}")
+        return int(text)
+
+    return whole
+
+
+def show(conversion: Conversion) -> None:
+    """Prints what was made, and what to do next."""
+    info = conversion.info
+    print(f"{conversion.directory}: {info.source}, {info.num_classes} classes")
+    for split, counts in info.counts.items():
+        size, per_class = info.image_sizes[split], _span(min(counts), max(counts))
+        pixels = f"{_span(size['min_width'], size['max_width'])} x {_span(size['min_height'], size['max_height'])}"
+        print(f"  {split:7}{info.num_samples(split):,} images, {per_class} a class, {pixels} pixels")
+    for name, values in (("mean", info.mean), ("std", info.std)):
+        print(f"  {name:7}" + " ".join(f"{value:.4f}" for value in values))
+    kinds = {"kept": "JPEG kept", "jpeg": "JPEG encoded", "mended": "damaged JPEG encoded anew", "raw": "raw"}
+    stored = ", ".join(f"{conversion.storage[key]:,} {kind}" for key, kind in kinds.items() if conversion.storage[key])
+    print(f"  stored {stored}; {conversion.num_bytes / 1e6:,.1f} MB")
+    if info.skipped:
+        print(f"  skipped {info.skipped:,} undecodable images, named in {conversion.directory / 'skipped.txt'}")
+    print(f"  digest {info.digest}")
+    recipe = info.source if info.source in ("digits", "cifar10", "cifar100") else _recipe_for(info.image_sizes["train"])
+    print(f"next: deepspeed varscale/train.py --config {recipe}-varcon data.dir={conversion.directory}")
+
+
+def _span(low: int, high: int) -> str:
+    return f"{low:,}" if low == high else f"{low:,}-{high:,}"
+
+
+def _recipe_for(size: dict[str, int]) -> str:
+    return "cifar10" if max(size["max_width"], size["max_height"]) <= 64 else "imagenet100"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the conversion; returns the exit code: 0, 2 for bad input (one line on stderr), 130 when interrupted."""
+    try:
+        options = parse_arguments(arguments)
+        check_directory(options.out_dir, overwrite=options.overwrite)
+        source = open_source(options.source, image_size=options.image_size, download_dir=options.download_dir)
+        for note in source.notes:
+            print(f"note: {note}", file=sys.stderr)
+        conversion = convert(
+            source,
+            options.out_dir,
+            image_options=ImageOptions(options.max_resolution, options.jpeg_quality),
+            workers=options.workers or len(os.sched_getaffinity(0)),
+            skip_bad=options.skip_bad,
+            overwrite=options.overwrite,
+            progress=True,
+        )
+    except UserError as error:
+        if isinstance(error, UndecodableFiles):
+            _name_files("undecodable:", error.reports)
+        print(f"convert_dataset.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("convert_dataset.py: interrupted, nothing was written", file=sys.stderr)
+        return 130
+    if conversion.mended:
+        _name_files("damaged, but not beyond decoding (look at them):", conversion.mended)
+    show(conversion)
+    return 0
+
+
+def _name_files(title: str, names: list[str]) -> None:
+    print(title, *names[:NAMED_FILES], sep="\n  ", file=sys.stderr)
+    if len(names) > NAMED_FILES:
+        print(f"  and {len(names) - NAMED_FILES:,} more", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a terminated conversion cleans up as well
+    sys.exit(main())

@@ -1,0 +1,90 @@
+"""What a run checks before torch is loaded: its data, its output directory; and how a user's mistake is reported."""
+
+import importlib.util
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from varscale.config import BatchSizes, Config, VarConConfig
+from varscale.data.dataset import BetonSummary, DatasetInfo, check_beton, read_dataset_info
+from varscale.engine.manifest import refuse_another_run
+from varscale.engine.rundir import find_checkpoint, latest_checkpoint, read_manifest
+from varscale.errors import UserError
+
+EXIT_USER_ERROR = 2
+WAIT_FOR_RANK_0 = 5.0  # seconds; launchers end all ranks soon after the first one ended
+
+
+def environment_rank() -> int:
+    """This process's rank as its launcher (deepspeed, torchrun, srun) set it; 0 where none did."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def environment_world_size() -> int:
+    """The number of ranks as the launcher set it; 1 where none did."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def report_user_error(error: UserError) -> int:
+    """Print the mistake in one line and return exit code 2. Rank 0 speaks for all, if the others made the same one."""
+    if environment_rank() > 0:
+        time.sleep(WAIT_FOR_RANK_0)
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    return EXIT_USER_ERROR
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The converted data set of a run, found complete."""
+
+    info: DatasetInfo
+    train: BetonSummary
+    val: BetonSummary
+
+
+def check_training_data(config: Config, sizes: BatchSizes) -> TrainingData:
+    """Read the data set's description and the metadata of both files; UserError where they do not fit the run."""
+    info = read_dataset_info(config.data.dir)
+    needs_labels = isinstance(config.objective, VarConConfig)
+    found = {}
+    for split in ("train", "val"):
+        path = config.data.dir / f"{split}.beton"
+        found[split] = check_beton(path, num_classes=info.num_classes, require_labels=needs_labels)
+        if found[split].num_samples != info.num_samples(split):
+            raise UserError(
+                f"{path}: holds {found[split].num_samples} images, but dataset.json describes {info.num_samples(split)}"
+            )
+    if found["train"].num_samples < sizes.global_batch_size:
+        raise UserError(
+            f"batch.global_batch_size is {sizes.global_batch_size}, but {config.data.dir / 'train.beton'} "
+            f"holds only {found['train'].num_samples} images: not one step could be taken"
+        )
+    return TrainingData(info, found["train"], found["val"])
+
+
+def check_run_directory(config: Config, data_digest: str, resume: str | None) -> Path | None:
+    """The checkpoint to go on from, or None for a new run; writes nothing.
+
+    Raises UserError when output_dir holds something that would be overwritten, and when the checkpoint belongs to a run
+    of another architecture, configuration or data set.
+    """
+    run = config.output_dir
+    for tracker in set(config.logging.trackers) - {"tensorboard"}:
+        if importlib.util.find_spec(tracker) is None:
+            raise UserError(f"logging.trackers: {tracker} is not installed (pip install {tracker})")
+    if resume not in (None, "auto"):
+        origin, checkpoint = find_checkpoint(Path(resume))
+        refuse_another_run(read_manifest(origin), config, data_digest, checkpoint)
+        return checkpoint
+    if run.exists() and not run.is_dir():
+        raise UserError(f"output_dir: {run} is a file")
+    if not run.exists() or not any(run.iterdir()):
+        return None
+    if not (run / "manifest.json").is_file():
+        raise UserError(f"output_dir: {run} holds files that are not a run's; choose an empty or new directory")
+    if resume is None:
+        raise UserError(f"output_dir: {run} already holds a run; continue it with --resume auto, or choose another")
+    refuse_another_run(read_manifest(run), config, data_digest, run)
+    return latest_checkpoint(run)

@@ -1,0 +1,102 @@
+"""The manifest of a run: everything needed to say later what was run, on what, from which revision."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from varscale.config import Config, to_yaml
+from varscale.engine.files import replace_text
+from varscale.errors import UserError
+
+# Sections and keys that may differ between a run and its continuation without changing what is computed.
+FREE = {"name", "output_dir", "deepspeed", "checkpoint", "logging", "online_knn"}
+FREE_KEYS = {"data.dir", "data.workers", "data.batches_ahead", "data.os_cache"} | {
+    f"batch.{key}" for key in ("micro_batch_size", "gradient_accumulation_steps", "max_micro_batch_size")
+}
+
+
+def write_manifest(config: Config, deepspeed: dict, data_digest: str, *, world_size: int, device: str) -> None:
+    """Make the run's directory and write manifest.json and config.yaml into it; a resumed run's starts are listed.
+
+    device: a name for people: a GPU's model, or "cpu".
+    """
+    start = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": sys.argv,
+        "world_size": world_size,
+        "deepspeed": deepspeed,
+        "versions": _versions(),
+        "git_revision": _git_revision(),
+        "hardware": _hardware() | {"device": device},
+    }
+    config.output_dir.mkdir(parents=True, exist_ok=True)
+    path = config.output_dir / "manifest.json"
+    starts = json.loads(path.read_text())["starts"] if path.is_file() else []
+    manifest = {
+        "config": config.model_dump(mode="json"),
+        "seed": config.seed,
+        "data_digest": data_digest,
+        "starts": [*starts, start],
+    }
+    replace_text(config.output_dir / "config.yaml", to_yaml(config))
+    replace_text(path, json.dumps(manifest, indent=1))
+
+
+def refuse_another_run(manifest: dict, config: Config, data_digest: str, place: Path) -> None:
+    """Raise UserError when the run of `manifest` was made with other settings or data than those now given."""
+    if manifest["data_digest"] != data_digest:
+        raise UserError(f"{place}: was trained on other data (digest {manifest['data_digest']}, now {data_digest})")
+    then, now = _flat(manifest["config"]), _flat(config.model_dump(mode="json"))
+    differing = [k for k in sorted(then.keys() | now.keys()) if then.get(k) != now.get(k)]
+    refused = [k for k in differing if k.partition(".")[0] not in FREE and k not in FREE_KEYS]
+    if refused:
+        key = refused[0]
+        more = f" (and {len(refused) - 1} more: {', '.join(refused[1:4])})" if len(refused) > 1 else ""
+        change = f"{key} is {then.get(key)!r} there, {now.get(key)!r} now"
+        raise UserError(f"{place}: belongs to a run of another configuration: {change}{more}")
+
+
+def _flat(values: dict, prefix: str = "") -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _versions() -> dict[str, str]:
+    names = ("varscale", "torch", "torchvision", "deepspeed", "ffcv", "accelerate", "numpy", "numba")
+    installed = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
+    return {"python": platform.python_version()} | {name: installed.get(name, "not installed") for name in names}
+
+
+def _git_revision() -> str | None:
+    here = Path(__file__).parent
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def _hardware() -> dict:
+    found = {"host": platform.node(), "cores": len(os.sched_getaffinity(0)), "processor": _processor()}
+    found["memory_gib"] = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    return found
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()

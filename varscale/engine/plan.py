@@ -1,0 +1,94 @@
+"""What `--dry-run` prints: the resolved configuration, the DeepSpeed JSON, sizes, steps and a memory estimate."""
+
+import json
+
+import torch
+from torch import nn
+
+from varscale.config import BatchSizes, Config, to_yaml, zero_stage
+from varscale.data.dataset import read_dataset_info
+from varscale.data.sampling import steps_per_epoch
+from varscale.errors import UserError
+
+GIB = 2**30
+STATES = {"sgd": 1, "lars": 1, "adamw": 2}  # float32 tensors an optimizer keeps per parameter
+PROBE = 2  # images whose activations are counted
+
+
+def describe(config: Config, sizes: BatchSizes, deepspeed: dict) -> str:
+    """The whole plan of a run as text. Builds the network on the CPU, trains nothing, writes nothing."""
+    from varscale.engine.learners import build_learner
+
+    learner = build_learner(config, num_classes=2, total_steps=1, device=torch.device("cpu"))
+    sections = {
+        "configuration": to_yaml(config),
+        "DeepSpeed": json.dumps(deepspeed, indent=2),
+        "batch": (
+            f"{sizes.global_batch_size} images a step = micro batch {sizes.micro_batch_size} x accumulation "
+            f"{sizes.gradient_accumulation_steps} x world size {sizes.world_size}; {config.data.views} views an image"
+        ),
+        "length": _length(config, sizes),
+        "parameters": _parameters(learner.network),
+        "memory per rank (estimate)": _memory(config, sizes, zero_stage(deepspeed), learner),
+    }
+    return "\n\n".join(f"== {title} ==\n{text.rstrip()}" for title, text in sections.items())
+
+
+def _length(config: Config, sizes: BatchSizes) -> str:
+    if not (config.data.dir / "dataset.json").is_file():
+        return f"{config.schedule.epochs} epochs; steps unknown: {config.data.dir} holds no converted data set yet"
+    images = read_dataset_info(config.data.dir).num_samples("train")
+    steps = steps_per_epoch(images, sizes.global_batch_size)
+    if not steps:
+        raise UserError(
+            f"batch.global_batch_size is {sizes.global_batch_size}, but {config.data.dir} holds only {images} images"
+        )
+    left = images - steps * sizes.global_batch_size
+    return (
+        f"{images} images = {steps} steps an epoch ({left} left out, others each epoch); "
+        f"{config.schedule.epochs} epochs = {steps * config.schedule.epochs} steps"
+    )
+
+
+def _parameters(network: nn.Module) -> str:
+    counts = {name: sum(p.numel() for p in child.parameters()) for name, child in network.named_children()}
+    parts = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+    return f"{sum(counts.values()):,} ({parts})"
+
+
+def _memory(config: Config, sizes: BatchSizes, stage: int, learner) -> str:
+    """Float32 parameters, gradients and optimizer state as the ZeRO stage shares them, and counted activations."""
+    ranks = sizes.world_size
+    count = sum(p.numel() for p in learner.network.parameters())
+    teacher = sum(p.numel() for module in learner.companions().values() for p in module.parameters())
+    activations = _activation_bytes(config, learner) * sizes.micro_batch_size / PROBE
+    pixels = sizes.micro_batch_size * sizes.gradient_accumulation_steps * config.data.views * config.data.image_size**2
+    parts = {
+        "parameters": 4 * count / (ranks if stage >= 3 else 1),
+        "gradients": 4 * count / (ranks if stage >= 2 else 1),
+        "optimizer": 4 * count * (STATES[config.optimizer.name] + (stage >= 1)) / (ranks if stage >= 1 else 1),
+        "teacher": 4 * teacher,
+        "activations": activations,
+        "views": 3 * 4 * pixels,
+    }
+    lines = [f"{name:<12} {size / GIB:8.3f} GiB" for name, size in parts.items() if size]
+    return "\n".join([*lines, f"{'sum':<12} {sum(parts.values()) / GIB:8.3f} GiB"])
+
+
+def _activation_bytes(config: Config, learner) -> float:
+    """Bytes that autograd keeps for the views of `PROBE` images, each storage counted once."""
+    parameters = {p.untyped_storage().data_ptr() for p in learner.network.parameters()}
+    kept: dict[int, int] = {}
+
+    def count(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    images = torch.zeros(PROBE * config.data.views, 3, config.data.image_size, config.data.image_size)
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=config.compute.precision == "bfloat16")
+    with autocast, torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        output = learner.network(images)
+    del output
+    return sum(kept.values())

@@ -1,0 +1,139 @@
+"""What a person sees of a run: the progress bar, metrics.jsonl and the trackers; only rank 0 speaks."""
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self, TextIO
+
+import torch
+import torch.distributed as dist
+from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
+from torch import Tensor
+from tqdm import tqdm
+
+from varscale.config import Config
+from varscale.engine.distributed import Ranks
+from varscale.engine.learners import Learner
+from varscale.engine.manifest import write_manifest
+from varscale.engine.rundir import read_metrics
+from varscale.engine.state import TrainState
+
+SHOWN = ("loss", "kl", "nll", "cosine", "lr", "images_per_second")  # on the progress bar
+
+
+class Meter:
+    """Running means of scalar tensors, kept on their device and read over all ranks at once."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.count = 0
+
+    def add(self, terms: dict[str, Tensor]) -> None:
+        for name, value in terms.items():
+            value = value.detach().double()
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+        self.count += 1
+
+    def read(self) -> dict[str, float]:
+        """The means over what was added on every rank since the last call. A collective."""
+        packed = torch.stack([*self.sums.values(), torch.full_like(next(iter(self.sums.values())), self.count)])
+        dist.all_reduce(packed)
+        *sums, count = packed.tolist()
+        names = list(self.sums)
+        self.sums, self.count = {}, 0
+        return {name: total / count for name, total in zip(names, sums, strict=True)}
+
+
+class Telemetry:
+    """Makes the run's directory, then writes and shows what happens in it; on other ranks than the first, silent.
+
+    A context manager. `every_steps` (logging) is also how often values are read from the device.
+    """
+
+    def __init__(
+        self, config: Config, deepspeed: dict, data_digest: str, total_steps: int, state: TrainState, ranks: Ranks
+    ) -> None:
+        self.config, self.first, self.meter = config, ranks.is_first, Meter()
+        self.total_steps, self.steps_per_epoch = total_steps, total_steps // config.schedule.epochs
+        self.window = (time.perf_counter(), state.samples_seen)
+        self.trackers: list[GeneralTracker] = []
+        if not self.first:
+            return
+        run = config.output_dir
+        write_manifest(config, deepspeed, data_digest, world_size=ranks.world_size, device=ranks.device_name)
+        self.metrics = _open_metrics(run / "metrics.jsonl", state.step)
+        self.trackers = [_start_tracker(name, run, config) for name in config.logging.trackers]
+        self.bar = tqdm(total=total_steps, initial=state.step, unit="step", dynamic_ncols=True, smoothing=0.1)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.first:
+            self.bar.close()
+            self.metrics.close()
+            for tracker in self.trackers:
+                tracker.finish()
+
+    def step(
+        self,
+        learner: Learner,
+        state: TrainState,
+        terms: Sequence[dict[str, Tensor]],
+        lr: float,
+        gradient_norm: float,
+    ) -> None:
+        """Count a step; every so many, average the terms over micro-batches, steps and ranks and write them down."""
+        for part in terms:
+            self.meter.add(part)
+        if self.first:
+            epoch = (state.step - 1) // self.steps_per_epoch + 1
+            self.bar.set_description(f"epoch {epoch}/{self.config.schedule.epochs}", refresh=False)
+            self.bar.update()
+        if state.step % self.config.logging.every_steps == 0 or state.step == self.total_steps:
+            values = learner.derive(self.meter.read())
+            values |= {"lr": lr, "gradient_norm": gradient_norm, "images_per_second": self._rate(state)}
+            self.record("train", state.step, values)
+
+    def record(self, kind: str, step: int, values: dict[str, float]) -> None:
+        """Write one line of metrics.jsonl, show it and pass it to the trackers."""
+        if not self.first:
+            return
+        line = {"kind": kind, "step": step, "time": round(time.time(), 3), **values}
+        self.metrics.write(json.dumps(line) + "\n")
+        self.metrics.flush()
+        if kind == "train":
+            shown = {key: f"{values[key]:.4g}" for key in SHOWN if key in values}
+            self.bar.set_postfix(shown, refresh=False)
+        else:
+            self.say("  ".join([kind, f"step {step}", *(f"{name} {value:g}" for name, value in values.items())]))
+        for tracker in self.trackers:
+            tracker.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
+
+    def say(self, message: str) -> None:
+        """Print a line above the progress bar."""
+        if self.first:
+            self.bar.write(message)
+
+    def _rate(self, state: TrainState) -> float:
+        """Images per second since the last call, over all ranks."""
+        (then, seen), now = self.window, time.perf_counter()
+        self.window = (now, state.samples_seen)
+        return (state.samples_seen - seen) / (now - then)
+
+
+def _open_metrics(path: Path, step: int) -> TextIO:
+    """Open for appending, without the lines of steps that a resumed run is about to take again."""
+    kept = [line for line in read_metrics(path) if line["step"] <= step]
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in kept))
+    return path.open("a")
+
+
+def _start_tracker(name: str, run: Path, config: Config) -> GeneralTracker:
+    if name == "wandb":
+        tracker = WandBTracker(config.name, config=config.model_dump(mode="json"), dir=str(run))
+    else:
+        tracker = TensorBoardTracker("tensorboard", str(run))
+    tracker.start()
+    return tracker

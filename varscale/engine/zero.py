@@ -1,0 +1,147 @@
+"""The DeepSpeed engine of a run, and its partitioned state as whole tensors, whatever the ZeRO stage or world size."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.utils import logger as deepspeed_logger
+from torch import Tensor, nn
+
+from varscale.config import zero_stage
+
+OptimizerState = dict[str, dict[str, Tensor]]  # parameter name -> state name -> tensor of the parameter's shape, or ()
+
+
+def build_engine(network: nn.Module, optimizer: torch.optim.Optimizer, settings: dict) -> deepspeed.DeepSpeedEngine:
+    """Hand network and optimizer to DeepSpeed; rank 0's parameters are broadcast, then partitioned by stage."""
+    deepspeed_logger.setLevel(logging.WARNING)
+    engine, *_ = deepspeed.initialize(model=network, optimizer=optimizer, config=settings)
+    return engine
+
+
+def partition_group(settings: dict) -> dist.ProcessGroup | None:
+    """The ranks over which the ZeRO stage of these settings partitions the optimizer's parameters; None for stage 0."""
+    return dist.group.WORLD if zero_stage(settings) else None
+
+
+def set_learning_rate(engine: deepspeed.DeepSpeedEngine, lr: float) -> None:
+    """Set the learning rate of every parameter group."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr
+
+
+def step_with_gradient_norm(engine: deepspeed.DeepSpeedEngine) -> float:
+    """Take the step that ends an accumulation and return the global gradient norm before clipping.
+
+    A norm that is not finite means that no parameter was changed: ZeRO's optimizers then refuse the step by themselves,
+    and under stage 0 it is not taken here. The caller must stop, for DeepSpeed goes on silently.
+    """
+    if engine.zero_optimization():
+        engine.step()
+        return float(engine.get_global_grad_norm())
+    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    norm = float(nn.utils.get_total_norm(gradients))
+    if norm < float("inf"):
+        engine.step()
+    return norm
+
+
+@contextmanager
+def whole_parameters(network: nn.Module) -> Iterator[None]:
+    """Within it every rank sees the whole parameters; they are partitioned again afterwards (ZeRO-3 only)."""
+    partitioned = [p for p in network.parameters() if hasattr(p, "ds_id")]
+    with deepspeed.zero.GatheredParameters(partitioned, modifier_rank=None, enabled=bool(partitioned)):
+        yield
+
+
+def whole_state_dict(network: nn.Module) -> dict[str, Tensor]:
+    """The network's state dict on the CPU, every parameter whole. A collective: every rank must call it."""
+    with whole_parameters(network):
+        return {name: tensor.detach().cpu().clone() for name, tensor in network.state_dict().items()}
+
+
+def optimizer_state(engine: deepspeed.DeepSpeedEngine) -> OptimizerState:
+    """The optimizer's state, gathered whole per parameter, on the CPU. A collective: every rank must call it."""
+    if not engine.zero_optimization():
+        state = engine.optimizer.state
+        return {name: {key: _cpu(value) for key, value in state.get(p, {}).items()} for name, p in _trained(engine)}
+    return {
+        name: {
+            key: _gather(p, fragment, value, engine.device) if torch.is_tensor(value) and value.dim() else _cpu(value)
+            for key, value in engine.optimizer.optimizer.state.get(fragment.shard, {}).items()
+        }
+        for name, p in _trained(engine)
+        for fragment in [_fragment(engine, p)]
+    }
+
+
+def restore_optimizer_state(engine: deepspeed.DeepSpeedEngine, saved: OptimizerState) -> None:
+    """Put back what `optimizer_state` returned, on any number of ranks and under any ZeRO stage."""
+    if not saved:  # of a run that had not taken a step
+        return
+    for name, p in _trained(engine):
+        if not engine.zero_optimization():
+            engine.optimizer.state[p] = {key: value.clone().to(_home(p, value)) for key, value in saved[name].items()}
+            continue
+        fragment = _fragment(engine, p)
+        state = engine.optimizer.optimizer.state[fragment.shard]
+        for key, value in saved[name].items():
+            if value.dim() == 0:
+                state[key] = value.clone()
+                continue
+            partition = state.setdefault(key, torch.zeros_like(fragment.shard))
+            if fragment.length:
+                part = value.flatten().narrow(0, fragment.start, fragment.length)
+                partition.narrow(0, fragment.offset, fragment.length).copy_(part)
+
+
+class _Fragment(NamedTuple):
+    """The part of one parameter that this rank's optimizer holds: `shard[offset:offset + length]` is what stands at
+    `start` in the flattened parameter."""
+
+    shard: Tensor
+    offset: int
+    start: int
+    length: int
+
+
+def _fragment(engine: deepspeed.DeepSpeedEngine, parameter: nn.Parameter) -> _Fragment:
+    optimizer = engine.optimizer
+    if hasattr(parameter, "ds_id"):  # ZeRO-3: every parameter is cut into equal parts, the last one padded
+        group, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        start = min(dist.get_rank() * size, parameter.ds_numel)
+        return _Fragment(
+            optimizer.fp32_partitioned_groups_flat[group], offset, start, min(size, parameter.ds_numel - start)
+        )
+    group = next(i for i, group in enumerate(optimizer.bit16_groups) if any(p is parameter for p in group))
+    shard, mapping = optimizer.single_partition_of_fp32_groups[group], parameter._hp_mapping
+    if mapping is None:  # ZeRO-1 and 2 cut the concatenation of a group's parameters: this one lies on other ranks
+        return _Fragment(shard, 0, 0, 0)
+    here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
+    return _Fragment(shard, here.start, there.start, here.numel)
+
+
+def _gather(parameter: nn.Parameter, fragment: _Fragment, values: Tensor, device: torch.device) -> Tensor:
+    shape = getattr(parameter, "ds_shape", parameter.shape)
+    whole = torch.zeros(shape.numel(), dtype=values.dtype, device=device)
+    part = values.narrow(0, fragment.offset, fragment.length)
+    whole.narrow(0, fragment.start, fragment.length).copy_(part)
+    dist.all_reduce(whole)
+    return whole.view(shape).cpu()
+
+
+def _trained(engine: deepspeed.DeepSpeedEngine) -> list[tuple[str, nn.Parameter]]:
+    return [(name, p) for name, p in engine.module.named_parameters() if p.requires_grad]
+
+
+def _home(parameter: nn.Parameter, value: Tensor) -> torch.device:
+    """Scalars such as Adam's step count stay on the CPU, as torch's optimizers keep them."""
+    return parameter.device if value.dim() else torch.device("cpu")
+
+
+def _cpu(value: object) -> Tensor:
+    return torch.as_tensor(value).detach().cpu().clone()

@@ -1,0 +1,269 @@
+"""Train an encoder: `deepspeed varscale/train.py --config cifar100-varcon [key=value ...]`, or torchrun, or python.
+
+The loader cuts views from images, the augmentation finishes them on the device, the learner turns them into a loss,
+DeepSpeed takes the step. Sample order and views are functions of (seed, epoch, sample, view) alone, and the loss is
+defined on the global batch: a run does not depend on the number of ranks, micro-batches or threads.
+"""
+
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a script: with its folder on the path, our modules would shadow other packages'
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import argparse
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from typing import TYPE_CHECKING
+
+from varscale.config import BatchSizes, Config, load_config, recipe_names, resolve_batch, resolve_deepspeed
+from varscale.engine.launch import (
+    TrainingData,
+    check_run_directory,
+    check_training_data,
+    environment_world_size,
+    report_user_error,
+)
+from varscale.errors import UserError
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+    from torch import Tensor
+
+    from varscale.data.loader import Batch, ViewLoader
+    from varscale.engine.distributed import Ranks
+    from varscale.engine.learners import Learner, MicroBatch
+    from varscale.engine.state import TrainState
+
+# What is imported above is light. torch, DeepSpeed and FFCV are imported inside functions, after every check that can
+# be made without them: a mistake in the configuration is answered at once.
+
+USER_ERROR, NON_FINITE, INTERRUPTED = 2, 3, 130  # exit codes
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Check everything that can be checked without torch, then train. Returns the exit code."""
+    options = parse_arguments(arguments)
+    try:
+        config = load_config(options.config, options.overrides)
+        sizes = resolve_batch(config.batch, options.world_size or environment_world_size())
+        deepspeed = resolve_deepspeed(config, sizes)
+        if options.dry_run:
+            from varscale.engine.plan import describe
+
+            print(describe(config, sizes, deepspeed))
+            return 0
+        return train(config, sizes, deepspeed, options.resume)
+    except UserError as error:
+        return report_user_error(error)
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="train.py",
+        description="Train an image encoder with VarCon or VSSL.",
+        epilog=f"recipes: {', '.join(recipe_names())}",
+    )
+    parser.add_argument("--config", required=True, metavar="RECIPE", help="a recipe's name, or the path of a YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as optimizer.lr=0.1 output_dir=runs/x")
+    parser.add_argument("--resume", metavar="auto|PATH", help="go on from output_dir's newest checkpoint, or from PATH")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be run, and train nothing")
+    parser.add_argument("--world-size", type=int, help="with --dry-run: the number of ranks to plan for")
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    options = parser.parse_intermixed_args(arguments)
+    if options.world_size is not None and not options.dry_run:
+        parser.error("--world-size belongs to --dry-run; otherwise the launcher decides")
+    return options
+
+
+def train(config: Config, sizes: BatchSizes, deepspeed: dict, resume: str | None) -> int:
+    """Check data and output directory, join the other ranks and run; returns the exit code."""
+    data = check_training_data(config, sizes)
+    checkpoint = check_run_directory(config, data.info.digest, resume)
+
+    from varscale.data.loader import LoaderError
+    from varscale.engine import distributed
+    from varscale.engine.nonfinite import NonFiniteError
+
+    ranks = distributed.join()
+    try:
+        run(config, sizes, deepspeed, data, checkpoint, ranks)
+    except LoaderError as error:  # on this rank alone: the launcher ends the others
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+    except NonFiniteError as error:
+        if ranks.is_first:
+            print(f"stopped: {error}", file=sys.stderr)
+        return NON_FINITE
+    except KeyboardInterrupt:
+        if ranks.is_first:
+            print("\ninterrupted; --resume auto goes on from the newest checkpoint", file=sys.stderr)
+        return INTERRUPTED
+    finally:
+        distributed.leave()
+    return 0
+
+
+def run(
+    config: Config, sizes: BatchSizes, deepspeed: dict, data: TrainingData, checkpoint: Path | None, ranks: "Ranks"
+) -> None:
+    """The training itself: epochs of steps, each step a few micro-batches."""
+    from varscale.data.sampling import epoch_order, rank_batches, steps_per_epoch
+    from varscale.engine import resume
+    from varscale.engine.learners import build_learner
+    from varscale.engine.nonfinite import check_finite
+    from varscale.engine.schedules import LearningRate
+    from varscale.engine.telemetry import Telemetry
+    from varscale.engine.zero import set_learning_rate
+
+    images = data.train.num_samples
+    steps = steps_per_epoch(images, sizes.global_batch_size)
+    learning_rate = LearningRate(base_lr=config.optimizer.lr, steps_per_epoch=steps, **config.schedule.model_dump())
+    learner = build_learner(config, data.info.num_classes, learning_rate.total_steps, ranks.device)
+    engine, state = open_engine(config, deepspeed, learner, checkpoint)
+    loader, augment = open_views(config, data, ranks)
+    knn = OnlineKNN(config, data, learner, ranks)
+
+    with Telemetry(config, deepspeed, data.info.digest, learning_rate.total_steps, state, ranks) as telemetry:
+        while state.step < learning_rate.total_steps:
+            epoch, first = state.position(steps)
+            plan = rank_batches(
+                epoch_order(images, config.seed, epoch),
+                global_batch_size=sizes.global_batch_size,
+                micro_batch_size=sizes.micro_batch_size,
+                rank=ranks.rank,
+                world_size=ranks.world_size,
+            )[first:]
+            with closing(loader.batches(plan.reshape(-1, sizes.micro_batch_size), epoch)) as batches:
+                for _ in plan:
+                    micro_batches = [augment(next(batches), epoch) for _ in range(sizes.gradient_accumulation_steps)]
+                    set_learning_rate(engine, learning_rate(state.step))
+                    terms, gradient_norm = take_step(engine, learner, micro_batches)
+                    check_finite(config.output_dir, state.step + 1, terms, micro_batches, gradient_norm, ranks)
+                    state.advance(sizes.global_batch_size)
+                    learner.after_step(state.step)
+                    telemetry.step(learner, state, terms, learning_rate(state.step - 1), gradient_norm)
+                    if state.step % (config.checkpoint.every_steps or steps) == 0:
+                        resume.save(config, engine, learner, state, telemetry)
+            if knn.is_due(epoch):
+                telemetry.record("knn", state.step, {"epoch": epoch + 1, **knn.measure()})
+        resume.save(config, engine, learner, state, telemetry)
+
+
+def take_step(
+    engine: "DeepSpeedEngine", learner: "Learner", micro_batches: "Sequence[MicroBatch]"
+) -> "tuple[list[dict[str, Tensor]], float]":
+    """One optimizer step over all micro-batches: the terms of each, and the norm of the gradient."""
+    from varscale.engine.zero import step_with_gradient_norm
+
+    learner.before_step(engine, micro_batches)
+    terms = []
+    for number, batch in enumerate(micro_batches, start=1):
+        loss, parts = learner.loss(engine, batch)
+        engine.backward(loss)  # DeepSpeed divides by the number of micro-batches and averages over ranks
+        terms.append(parts)
+        if number < len(micro_batches):
+            engine.step()  # only counts the micro-batch
+    return terms, step_with_gradient_norm(engine)
+
+
+def open_engine(
+    config: Config, deepspeed: dict, learner: "Learner", checkpoint: Path | None
+) -> "tuple[DeepSpeedEngine, TrainState]":
+    """The learner's network under DeepSpeed, new or as the checkpoint left it."""
+    from varscale.engine import resume
+    from varscale.engine.optimizers import build_optimizer
+    from varscale.engine.state import TrainState
+    from varscale.engine.zero import build_engine, partition_group
+
+    if checkpoint:
+        resume.restore_modules(checkpoint, learner)
+    optimizer = build_optimizer(
+        learner.network.named_parameters(),
+        partition_group=partition_group(deepspeed),
+        **config.optimizer.model_dump(exclude={"clip_grad_norm"}),
+    )
+    engine = build_engine(learner.network, optimizer, deepspeed)
+    return engine, resume.restore_progress(checkpoint, engine) if checkpoint else TrainState()
+
+
+def open_views(
+    config: Config, data: TrainingData, ranks: "Ranks"
+) -> "tuple[ViewLoader, Callable[[Batch, int], MicroBatch]]":
+    """The loader that cuts views from images, and the function that makes them a micro-batch on the device."""
+    import torch
+
+    from varscale.data.augment import Augmentation
+    from varscale.data.loader import Batch, CropSpec, ViewLoader
+    from varscale.engine.learners import MicroBatch
+
+    d = config.data
+    crop = CropSpec(d.image_size, d.crop_scale, d.crop_ratio, d.flip, d.interpolation)
+    loader = ViewLoader(
+        d.dir / "train.beton",
+        [crop] * d.views,
+        seed=config.seed,
+        workers=d.workers or ranks.cores,
+        batches_ahead=d.batches_ahead,
+        os_cache=d.os_cache,
+    )
+    augmentation = Augmentation(d.augmentation, d.views, d.image_size, data.info.mean, data.info.std, config.seed)
+    augmentation.to(ranks.device)
+
+    # The layout of the input decides the layout of every activation; DeepSpeed wants plain parameters.
+    layout = torch.channels_last if config.compute.channels_last else torch.contiguous_format
+
+    def augment(batch: Batch, epoch: int) -> MicroBatch:
+        images, labels, indices = (tensor.to(ranks.device, non_blocking=True) for tensor in batch)
+        return MicroBatch(augmentation(images, indices, epoch).contiguous(memory_format=layout), labels, indices)
+
+    return loader, augment
+
+
+class OnlineKNN:
+    """The kNN accuracy of the encoder as it stands, on the validation split: the pulse of a run."""
+
+    def __init__(self, config: Config, data: TrainingData, learner: "Learner", ranks: "Ranks") -> None:
+        from varscale.data.loader import CropSpec
+        from varscale.evaluation.context import Images, Place, Settings
+
+        self.every, self.epochs = config.online_knn.every_epochs, config.schedule.epochs
+        self.labelled = data.train.labels is not None and data.val.labels is not None
+        self.network, self.precision = learner.network, config.compute.precision
+        crop = CropSpec(config.data.image_size, scale=config.data.crop_scale, interpolation=config.data.interpolation)
+        self.images = Images(
+            config.data.dir,
+            data.info.num_classes,
+            random_crop=crop,
+            mean=data.info.mean,
+            std=data.info.std,
+            seed=config.seed,
+            workers=config.data.workers or ranks.cores,
+        )
+        self.place = Place(ranks.device, ranks.rank, ranks.world_size)
+        self.settings = Settings(k=(config.online_knn.k,), temperature=config.online_knn.temperature)
+
+    def is_due(self, epoch: int) -> bool:
+        """Whether it is measured after this epoch: every so many, and at the end; never without labels."""
+        return self.labelled and self.every > 0 and ((epoch + 1) % self.every == 0 or epoch + 1 == self.epochs)
+
+    def measure(self) -> dict[str, float]:
+        """Top-1 and top-5 in percent. Every rank must call it."""
+        import torch
+
+        from varscale.evaluation import knn
+        from varscale.evaluation.context import Context
+
+        def encode(images: "Tensor") -> "Tensor":
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+                return self.network.encoder(images)
+
+        self.network.eval()
+        try:
+            return knn.run(Context(encode, self.images, self.place, self.settings)).metrics
+        finally:
+            self.network.train()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
