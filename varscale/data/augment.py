@@ -1,0 +1,182 @@
+"""Photometric augmentation of a batch of views on its device, with random numbers of (seed, epoch, sample, view).
+
+Nothing here depends on the rest of the batch, on its size or on the device (up to rounding), and nothing waits for the
+device: there is no loop over samples, and every choice is made by arithmetic.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from varscale.data.colour import blur_, blur_bands, blur_kernel_size, grayscale_, jitter_, solarize_
+from varscale.data.randomness import PHOTOMETRIC_DRAWS, torch_stream, torch_uniform
+
+LARGEST_SIZE_WITHOUT_BLUR = 64  # pixels; BYOL and SimCLR do not blur CIFAR-sized images
+BLUR_SIGMA = (0.1, 2.0)
+SOLARIZE_THRESHOLD = 0.5
+NEVER = 2.0  # a threshold that no value in [0, 1] reaches
+# On a CPU the operations run over as many images as stay in a core's cache, 3 floats a pixel.
+PIXELS_IN_CACHE = 1 << 16
+
+
+@dataclass(frozen=True)
+class Photometric:
+    """How one view's colours are changed: strengths of the colour jitter, and probabilities.
+
+    brightness, contrast, saturation: factors are uniform on [max(0, 1 - strength), 1 + strength].
+    hue: shifts are uniform on [-hue, hue] turns.
+    jitter, grayscale, blur, solarize: probabilities of each, which are applied in this order.
+    """
+
+    brightness: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
+    hue: float = 0.0
+    jitter: float = 0.0
+    grayscale: float = 0.0
+    blur: float = 0.0
+    solarize: float = 0.0
+
+
+_NONE = Photometric()
+_SIMAUGMENT = Photometric(0.4, 0.4, 0.4, 0.1, jitter=0.8, grayscale=0.2)
+_BYOL = Photometric(0.4, 0.4, 0.2, 0.1, jitter=0.8, grayscale=0.2, blur=1.0)
+_BYOL_OTHER = Photometric(0.4, 0.4, 0.2, 0.1, jitter=0.8, grayscale=0.2, blur=0.1, solarize=0.2)
+_SIMCLR = Photometric(0.8, 0.8, 0.8, 0.2, jitter=0.8, grayscale=0.2, blur=0.5)
+
+# By name: the first view's, the second's; further views take the second's. Crops and flips are the loader's part.
+POLICIES: dict[str, tuple[Photometric, Photometric]] = {
+    "simaugment": (_SIMAUGMENT, _SIMAUGMENT),  # VarCon's authors, arXiv 2506.07413
+    "byol": (_BYOL, _BYOL_OTHER),  # arXiv 2006.07733, table 6
+    "simclr": (_SIMCLR, _SIMCLR),  # arXiv 2002.05709, appendix A
+    "crop_flip": (_NONE, _NONE),
+    "none": (_NONE, _NONE),
+}
+
+
+class Draws(NamedTuple):
+    """The parameters drawn for one view of N images.
+
+    factors: (N, 4) float: brightness, contrast, saturation, hue shift; (1, 1, 1, 0) where no jitter is due.
+    positions: (N, 4) int64: the place of each of the four in the image's order.
+    grayscale, blur, solarize: (N,) bool. sigma: (N,) float, pixels.
+    """
+
+    factors: torch.Tensor
+    positions: torch.Tensor
+    grayscale: torch.Tensor
+    blur: torch.Tensor
+    sigma: torch.Tensor
+    solarize: torch.Tensor
+
+
+class Augmentation(nn.Module):
+    """Colour jitter, grayscale, blur, solarise and normalisation of a batch of views, by a named policy.
+
+    Args:
+        policy: a key of POLICIES.
+        views: views of every image.
+        image_size: height and width of the views, pixels. Up to 64 pixels nothing is blurred.
+        mean, std: of the data set's channels, on the scale [0, 1].
+        seed: of the random parameters.
+
+    Raises:
+        ValueError: unknown policy, or no views.
+    """
+
+    def __init__(
+        self, policy: str, views: int, image_size: int, mean: Sequence[float], std: Sequence[float], seed: int
+    ) -> None:
+        super().__init__()
+        if policy not in POLICIES:
+            raise ValueError(f"policy {policy!r} is not one of {', '.join(POLICIES)}")
+        if views < 1:
+            raise ValueError(f"views must be at least 1, got {views}")
+        first, other = POLICIES[policy]
+        self.photometric = (first, *[other] * (views - 1))
+        self.image_size, self.seed = image_size, seed
+        self.blurs = image_size > LARGEST_SIZE_WITHOUT_BLUR and any(view.blur for view in self.photometric)
+        scale = 1 / torch.tensor(std, dtype=torch.float32).view(1, 3, 1, 1)
+        self.register_buffer("scale", scale, persistent=False)
+        self.register_buffer(
+            "shift", -torch.tensor(mean, dtype=torch.float32).view(1, 3, 1, 1) * scale, persistent=False
+        )
+        if self.blurs:
+            self.register_buffer("bands", blur_bands(image_size, blur_kernel_size(image_size)), persistent=False)
+
+    def forward(self, images: torch.Tensor, indices: torch.Tensor, epoch: int) -> torch.Tensor:
+        """Augments and normalises.
+
+        images: (N, V, H, W, 3) uint8 on this module's device. indices: (N,) int64, the samples' numbers.
+
+        Returns (V * N, 3, H, W) float32 in channels_last layout, VIEW-MAJOR: row v * N + n is view v of image n, so its
+        labels are `labels.repeat(V)`. Raises ValueError when the shapes do not fit.
+        """
+        expected = (len(indices), len(self.photometric), self.image_size, self.image_size, 3)
+        if images.dtype != torch.uint8 or tuple(images.shape) != expected:
+            raise ValueError(f"images must be uint8 of shape {expected}, got {images.dtype} of {tuple(images.shape)}")
+        count, views, height, width, _ = expected
+        output = torch.empty((views * count, 3, height, width), device=images.device, memory_format=torch.channels_last)
+        indices = indices.to(images.device, non_blocking=True)
+        step = count if images.is_cuda else max(1, PIXELS_IN_CACHE // (height * width))
+        for view in range(views):
+            draws = self.draw(indices, epoch, view)
+            for start in range(0, count, step):
+                rows = slice(start, min(start + step, count))
+                self._augment(
+                    images[rows, view],
+                    Draws(*(drawn[rows] for drawn in draws)),
+                    self.photometric[view],
+                    output[view * count + rows.start : view * count + rows.stop],
+                )
+        return output
+
+    def draw(self, indices: torch.Tensor, epoch: int, view: int) -> Draws:
+        """The parameters of one view: a pure function of (seed, epoch, sample, view). indices: (N,) int64."""
+        policy = self.photometric[view]
+        key = torch_stream(self.seed, epoch, indices, view)
+        draws = torch.arange(PHOTOMETRIC_DRAWS, PHOTOMETRIC_DRAWS + 13, device=indices.device)
+        number = torch_uniform(key[:, None], draws)
+        strength = [policy.brightness, policy.contrast, policy.saturation]
+        lows = [*(max(0.0, 1 - value) for value in strength), -policy.hue]
+        highs = [*(1 + value for value in strength), policy.hue]
+        jitter = number[:, 0] < policy.jitter
+        factors = [
+            torch.where(jitter, number[:, 1 + i] * (highs[i] - lows[i]) + lows[i], identity)
+            for i, identity in enumerate((1.0, 1.0, 1.0, 0.0))
+        ]
+        return Draws(
+            factors=torch.stack(factors, 1),
+            positions=random_positions(number[:, 5:9]),
+            grayscale=number[:, 9] < policy.grayscale,
+            blur=number[:, 10] < policy.blur,
+            sigma=number[:, 11] * (BLUR_SIGMA[1] - BLUR_SIGMA[0]) + BLUR_SIGMA[0],
+            solarize=number[:, 12] < policy.solarize,
+        )
+
+    def _augment(self, images: torch.Tensor, draws: Draws, policy: Photometric, output: torch.Tensor) -> None:
+        """Augments images (n, H, W, 3) uint8 of one view into `output` (n, 3, H, W)."""
+        planes = torch.empty(output.shape, device=images.device)
+        planes.copy_(images.permute(0, 3, 1, 2)).div_(255)
+        if policy.jitter:
+            jitter_(planes, draws.factors, draws.positions)
+        if policy.grayscale:
+            grayscale_(planes, draws.grayscale)
+        if policy.blur and self.blurs:
+            blur_(planes, draws.sigma, draws.blur, self.bands)
+        if policy.solarize:
+            solarize_(planes, torch.where(draws.solarize, SOLARIZE_THRESHOLD, NEVER))
+        torch.addcmul(self.shift, planes, self.scale, out=output)
+
+
+def random_positions(numbers: torch.Tensor) -> torch.Tensor:
+    """The rank of each number in its row, a permutation: uniformly random where the numbers are uniform.
+
+    numbers: (N, K) float32 multiples of 2**-24 in [0, 1). Equal ones rank in the order in which they stand.
+    """
+    breakers = torch.arange(numbers.shape[1], device=numbers.device) * 2.0**-40
+    keys = numbers.double() + breakers
+    return (keys[:, :, None] > keys[:, None, :]).sum(2)
