@@ -1,12 +1,17 @@
 """Fixtures shared by all tests: where the repository lies, optional reference data, a small data set, real runs."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from varscale.threads import wait_politely
+
+wait_politely()
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -38,7 +43,11 @@ def digits(tmp_path_factory) -> Path:
     labels = source.target.astype(np.int64)
     folder = tmp_path_factory.mktemp("digits")
     np.savez(
-        folder / "digits.npz", x_train=images[:320], y_train=labels[:320], x_test=images[320:420], y_test=labels[320:420]
+        folder / "digits.npz",
+        x_train=images[:320],
+        y_train=labels[:320],
+        x_test=images[320:420],
+        y_test=labels[320:420],
     )
     convert(open_source(f"npz:{folder / 'digits.npz'}"), folder / "converted")
     return folder / "converted"
@@ -87,8 +96,6 @@ def launch():
 
 
 def free_port() -> int:
-    import socket
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

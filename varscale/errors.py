@@ -2,4 +2,4 @@
 
 
 class UserError(Exception):
-    """A mistake in the input or usage: the message names the key or file at fault, what was found and what is accepted."""
+    """A mistake in input or usage: the message names the key or file at fault, what was found, what is accepted."""

@@ -1,0 +1,89 @@
+"""Checkpoints are complete or not there, the newest few are kept, and damage is found."""
+
+import json
+import os
+
+import pytest
+import torch
+
+from varscale.engine.checkpoints import read_part, read_state, write_checkpoint
+from varscale.engine.rundir import find_checkpoint, latest_checkpoint
+from varscale.errors import UserError
+
+
+def parts(value: float):
+    return {"model": {"w": torch.full((3, 2), value), "n": torch.tensor(7)}, "optimizer": {}}
+
+
+def write(run, step, keep=2):
+    return write_checkpoint(run, step, parts(step), {"step": step, "samples_seen": 8 * step}, keep)
+
+
+def test_what_is_written_is_read_back(tmp_path):
+    checkpoint = write(tmp_path, 5)
+    model = read_part(checkpoint, "model")
+    assert torch.equal(model["w"], torch.full((3, 2), 5.0))
+    assert model["n"] == 7
+    assert read_part(checkpoint, "optimizer") == {}
+    assert read_state(checkpoint)["state"] == {"step": 5, "samples_seen": 40}
+    assert latest_checkpoint(tmp_path) == checkpoint
+    assert find_checkpoint(tmp_path) == (tmp_path, checkpoint)
+    assert find_checkpoint(checkpoint) == (tmp_path, checkpoint)
+
+
+def test_the_newest_are_kept_and_nothing_else_is_left(tmp_path):
+    for step in (1, 2, 3, 10):
+        write(tmp_path, step)
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["latest", "step-00000003", "step-00000010"]
+
+
+def test_writing_a_step_again_replaces_it(tmp_path):
+    write(tmp_path, 3)
+    checkpoint = write_checkpoint(tmp_path, 3, parts(9.0), {}, 2)
+    assert read_part(checkpoint, "model")["w"][0, 0] == 9.0
+
+
+def test_a_failed_write_leaves_the_older_checkpoint(tmp_path):
+    older = write(tmp_path, 1)
+    unwritable = {"model": parts(2.0)["model"], "no/such/folder": {"w": torch.zeros(1)}}
+    with pytest.raises(OSError, match="step-00000002"):
+        write_checkpoint(tmp_path, 2, unwritable, {}, 2)
+    assert latest_checkpoint(tmp_path) == older
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["latest", "step-00000001"]
+
+
+@pytest.mark.parametrize("position", [0, 40, -1])
+def test_a_changed_byte_is_found(tmp_path, position):
+    checkpoint = write(tmp_path, 1)
+    path = checkpoint / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"model.safetensors: is damaged"):
+        read_part(checkpoint, "model")
+
+
+def test_missing_parts_are_named(tmp_path):
+    checkpoint = write(tmp_path, 1)
+    with pytest.raises(UserError, match=r"teacher.safetensors: is missing"):
+        read_part(checkpoint, "teacher")
+    (checkpoint / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"model.safetensors: is missing"):
+        read_part(checkpoint, "model")
+    (checkpoint / "state.json").write_text("{")
+    with pytest.raises(UserError, match=r"state.json: cannot be read"):
+        read_state(checkpoint)
+
+
+def test_a_run_without_checkpoint_and_a_misspelt_run_are_named(tmp_path):
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        find_checkpoint(tmp_path)
+    (tmp_path / "varcon").mkdir()
+    with pytest.raises(UserError, match=r"there is no such run; nearest: .*varcon"):
+        find_checkpoint(tmp_path / "varcom")
+
+
+def test_state_names_every_file(tmp_path):
+    checkpoint = write(tmp_path, 1)
+    files = json.loads((checkpoint / "state.json").read_text())["files"]
+    assert files.keys() == {"model.safetensors", "optimizer.safetensors"}

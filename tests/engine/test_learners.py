@@ -1,0 +1,100 @@
+"""The learners: exact centroids over micro-batches, what is logged of a step, the teacher's pace."""
+
+import pytest
+import torch
+
+from varscale.config import load_config
+from varscale.engine.learners import MicroBatch, build_learner
+
+VIT = ["encoder.name=vit_s", "encoder.stem=null", "encoder.patch_size=8"]
+
+
+def batches(count, images=8, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    whole = torch.randn(2, count, images, 3, 16, 16, generator=generator)
+    labels = torch.randint(0, 4, (count, images), generator=generator)
+    return [MicroBatch(whole[:, i].flatten(0, 1), labels[i], torch.arange(images)) for i in range(count)], MicroBatch(
+        whole.flatten(0, 2), labels.flatten(), torch.arange(count * images)
+    )
+
+
+def learner_for(recipe, *overrides):
+    config = load_config(recipe, ["data.image_size=16", "compute.precision=float32", *overrides])
+    return build_learner(config, num_classes=5, total_steps=10, device=torch.device("cpu"))
+
+
+def gradient(learner, micro_batches):
+    learner.network.zero_grad()
+    learner.before_step(learner.network, micro_batches)
+    means = {}
+    for batch in micro_batches:
+        loss, terms = learner.loss(learner.network, batch)
+        (loss / len(micro_batches)).backward()
+        for name, value in terms.items():
+            means[name] = means.get(name, 0.0) + float(value.detach()) / len(micro_batches)
+    return {n: p.grad.clone() for n, p in learner.network.named_parameters()}, learner.derive(means)
+
+
+def test_exact_centroids_make_micro_batches_one_batch_and_micro_ones_do_not():
+    parts, whole = batches(3)
+    exact, micro = learner_for("digits-varcon", *VIT), learner_for("digits-varcon", *VIT, "objective.centroids=micro")
+    expected, terms = gradient(exact, [whole])
+    found, found_terms = gradient(exact, parts)
+    cheap, _ = gradient(micro, parts)
+    scale = max(g.abs().max() for g in expected.values())
+    assert max((found[n] - expected[n]).abs().max() for n in expected) < 1e-5 * scale
+    assert max((cheap[n] - expected[n]).abs().max() for n in expected) > 1e-2 * scale
+    assert found_terms == pytest.approx(terms, rel=1e-5)
+
+
+def test_the_first_pass_leaves_running_statistics_alone():
+    parts, _ = batches(2)
+    learner = learner_for("digits-varcon")
+    before = {n: b.clone() for n, b in learner.network.named_buffers()}
+    learner.before_step(learner.network, parts)
+    assert all(torch.equal(b, before[n]) for n, b in learner.network.named_buffers())
+    learner.loss(learner.network, parts[0])
+    assert not torch.equal(learner.network.encoder.bn1.running_mean, before["encoder.bn1.running_mean"])
+
+
+def test_the_shown_temperature_is_mean_and_deviation_over_samples():
+    from varscale.objectives.varcon import varcon_loss
+
+    _, whole = batches(1, images=32)
+    learner = learner_for("digits-varcon", *VIT)
+    _, shown = gradient(learner, [whole])
+    _, terms = varcon_loss(learner.network(whole.views), whole.labels.repeat(2), 5)
+    assert shown["tau2"] == pytest.approx(terms["tau2"].mean().item(), rel=1e-6)
+    assert shown["tau2_std"] == pytest.approx(terms["tau2"].std(correction=0).item(), rel=1e-3)
+
+
+def test_equal_seeds_give_equal_networks_and_others_do_not():
+    first, again, other = (learner_for("digits-varcon", f"seed={seed}").network for seed in (0, 0, 1))
+    name = "encoder.conv1.weight"
+    assert torch.equal(first.state_dict()[name], again.state_dict()[name])
+    assert not torch.equal(first.state_dict()[name], other.state_dict()[name])
+
+
+def test_the_teacher_moves_by_its_schedule_and_is_not_trained():
+    learner = learner_for("digits-vssl", *VIT, "objective.teacher_momentum=0.5")
+    _, whole = batches(1)
+    gradient(learner, [whole])
+    assert all(p.grad is None for p in learner.teacher.parameters())
+    name = "encoder.conv_proj.weight"
+    student, teacher = learner.network.state_dict()[name], learner.teacher.network.state_dict()[name]
+    assert torch.equal(student, teacher)
+    with torch.no_grad():
+        learner.network.get_parameter(name).add_(1.0)
+    before = teacher.clone()
+    learner.after_step(5)  # half of the way from 0.5 to 1: momentum 0.75
+    moved = learner.teacher.network.state_dict()[name] - before
+    assert torch.allclose(moved, torch.full_like(moved, 0.25), atol=1e-6)
+
+
+def test_more_than_two_views():
+    config = load_config("digits-vssl", ["data.views=3", "compute.precision=float32"])
+    learner = build_learner(config, num_classes=5, total_steps=10, device=torch.device("cpu"))
+    batch = MicroBatch(torch.randn(12, 3, 16, 16), torch.zeros(4, dtype=torch.int64), torch.arange(4))
+    loss, terms = learner.loss(learner.network, batch)
+    assert torch.isfinite(loss)
+    assert 0 <= learner.derive({n: float(v) for n, v in terms.items()})["spread"] <= 1.5

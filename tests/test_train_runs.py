@@ -1,0 +1,220 @@
+"""Whole runs of train.py as a user starts them: by python, deepspeed and torchrun, on one and two ranks, resumed."""
+
+import json
+import shutil
+import textwrap
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+STEPS = 10  # 2 epochs of 5
+
+
+def final_tensors(run, part="model"):
+    return load_file(run / "checkpoints" / f"step-{STEPS:08d}" / f"{part}.safetensors")
+
+
+def metrics(run, kind="train"):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+def largest_difference(run, other, part="model"):
+    ours, theirs = final_tensors(run, part), final_tensors(other, part)
+    assert ours.keys() == theirs.keys()
+    return max((ours[name].double() - theirs[name].double()).abs().max().item() for name in ours)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def train(launch, small_run, runs):
+    def call(recipe, name, *overrides, launcher="python", resume=()):
+        done = launch(
+            "varscale/train.py", "--config", recipe, *small_run, *overrides, f"output_dir={runs / name}", *resume,
+            launcher=launcher,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        return runs / name
+
+    return call
+
+
+KEEP = ("checkpoint.every_steps=2", "checkpoint.keep=9")
+PAIR = ("deepspeed.config=zero2", "batch.gradient_accumulation_steps=2")
+
+
+@pytest.fixture(scope="module")
+def varcon_alone(train):
+    return train("digits-varcon", "varcon-alone", *KEEP, "online_knn.every_epochs=1", "logging.trackers=[tensorboard]")
+
+
+# Without batch norm and its kinks, one process and several agree to rounding. A ResNet's first gradients are so badly
+# conditioned (all embeddings point the same way) that float32 rounding alone moves them by a percent.
+VIT = ("encoder.name=vit_s", "encoder.stem=null", "encoder.patch_size=4", "optimizer.lr=0.02")
+
+
+@pytest.fixture(scope="module")
+def vit_alone(train):
+    return train("digits-varcon", "vit-alone", *VIT)
+
+
+@pytest.fixture(scope="module")
+def vit_pair(train):
+    return train("digits-varcon", "vit-pair", *VIT, *KEEP, *PAIR, launcher="deepspeed")
+
+
+@pytest.fixture(scope="module")
+def vssl_alone(train):
+    return train("digits-vssl", "vssl-alone", *KEEP, "optimizer.name=lars", "optimizer.lr=0.5")
+
+
+def test_a_run_leaves_what_a_person_looks_for(varcon_alone):
+    manifest = json.loads((varcon_alone / "manifest.json").read_text())
+    assert manifest["config"]["name"] == "digits-varcon"
+    assert manifest["seed"] == 0
+    assert len(manifest["data_digest"]) == 64
+    (start,) = manifest["starts"]
+    assert start["world_size"] == 1
+    assert {"torch", "deepspeed", "ffcv", "python"} <= start["versions"].keys()
+    assert start["hardware"]["cores"] > 0
+    assert list((varcon_alone / "tensorboard").glob("events.*"))
+    assert (varcon_alone / "config.yaml").read_text().startswith("name: digits-varcon")
+
+    lines = metrics(varcon_alone)
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    wanted = {"loss", "kl", "nll", "tau2", "tau2_std", "confidence", "classes_present", "lr", "gradient_norm"}
+    assert wanted <= lines[0].keys()
+    for line in lines:
+        assert line["loss"] == pytest.approx(line["kl"] + line["nll"], abs=1e-5)
+        assert 0.08 <= line["tau2"] <= 0.12
+        assert line["classes_present"] == 10
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert [line["epoch"] for line in metrics(varcon_alone, "knn")] == [1, 2]
+
+
+def test_two_ranks_zero_2_and_accumulation_are_one_process_to_rounding(vit_alone, vit_pair):
+    for ours, theirs in zip(metrics(vit_pair), metrics(vit_alone), strict=True):
+        for name in ("loss", "kl", "nll", "tau2", "confidence", "gradient_norm", "lr"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-3), (ours["step"], name)
+    assert largest_difference(vit_pair, vit_alone) < 1e-5
+    assert metrics(vit_alone)[-1]["loss"] < 0.9 * metrics(vit_alone)[0]["loss"]
+
+
+def test_batch_norm_sees_the_global_batch(train, varcon_alone):
+    pair = train("digits-varcon", "varcon-pair", "deepspeed.config=zero1", launcher="torchrun")
+    ours, theirs = metrics(pair)[0], metrics(varcon_alone)[0]
+    assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
+    assert ours["gradient_norm"] == pytest.approx(theirs["gradient_norm"], rel=0.02)
+
+
+@pytest.mark.parametrize("launcher", ["python", "deepspeed"])
+def test_resuming_from_the_middle_gives_the_same_end(train, varcon_alone, vit_pair, runs, launcher):
+    origin, overrides = (varcon_alone, ()) if launcher == "python" else (vit_pair, (*VIT, *PAIR))
+    again = runs / f"again-{launcher}"
+    shutil.copytree(origin, again)
+    (again / "checkpoints" / "latest").write_text("step-00000006")
+    for step in (8, 10):
+        shutil.rmtree(again / "checkpoints" / f"step-{step:08d}")
+    train("digits-varcon", again.name, *KEEP, *overrides, launcher=launcher, resume=("--resume", "auto"))
+    for part in ("model", "optimizer"):
+        assert largest_difference(again, origin, part) == 0, f"{part} differs: the resumed run is not bit-exact"
+    steps = [line["step"] for line in metrics(again)]
+    assert steps == list(range(1, STEPS + 1)), "the metrics of repeated steps must not stand twice"
+    assert len(json.loads((again / "manifest.json").read_text())["starts"]) == 2
+
+
+def test_vssl_under_zero_3_on_two_ranks_resumes_on_one_under_zero_0(train, vssl_alone):
+    lars = (*KEEP, "optimizer.name=lars", "optimizer.lr=0.5")
+    pair = train("digits-vssl", "vssl-pair", *lars, "deepspeed.config=zero3", launcher="deepspeed")
+    assert {"cosine", "logvar_mean", "logvar_min", "logvar_max", "spread"} <= metrics(pair)[0].keys()
+    for part in ("model", "teacher", "optimizer"):
+        assert largest_difference(pair, vssl_alone, part) < 1e-3, part
+    middle = pair / "checkpoints" / "step-00000006"
+    alone = train("digits-vssl", "vssl-elastic", *lars, resume=("--resume", str(middle)))
+    for part in ("model", "teacher", "optimizer"):
+        assert largest_difference(alone, pair, part) < 1e-3, part
+
+
+def test_the_teacher_follows_the_student(vssl_alone):
+    student, teacher = final_tensors(vssl_alone), final_tensors(vssl_alone, "teacher")
+    name = "encoder.layer4.1.conv2.weight"
+    moved = (student[name] - teacher[f"network.{name}"]).abs().max()
+    assert 0 < moved < student[name].abs().max()
+    assert torch.equal(student["encoder.bn1.running_mean"], teacher["network.encoder.bn1.running_mean"])
+
+
+def test_resume_refuses_another_configuration(launch, small_run, varcon_alone):
+    def refused(recipe, *overrides):
+        done = launch(
+            "varscale/train.py", "--config", recipe, *small_run, *overrides, f"output_dir={varcon_alone}",
+            "--resume", "auto",
+        )  # fmt: skip
+        assert done.returncode == 2
+        assert done.stderr.count("\n") == 1, done.stderr
+        return done.stderr
+
+    assert "encoder.name is 'resnet18' there, 'resnet34' now" in refused("digits-varcon", "encoder.name=resnet34")
+    assert "objective" in refused("digits-vssl")
+    assert "seed is 0 there, 1 now" in refused("digits-varcon", "seed=1")
+
+
+def test_a_damaged_checkpoint_is_named(launch, small_run, varcon_alone, runs):
+    damaged = runs / "damaged"
+    shutil.copytree(varcon_alone, damaged)
+    model = damaged / "checkpoints" / f"step-{STEPS:08d}" / "model.safetensors"
+    content = bytearray(model.read_bytes())
+    content[len(content) // 2] ^= 1
+    model.write_bytes(content)
+    done = launch(
+        "varscale/train.py", "--config", "digits-varcon", *small_run, f"output_dir={damaged}", "--resume", "auto"
+    )
+    assert done.returncode == 2
+    assert "model.safetensors: is damaged" in done.stderr.splitlines()[-1]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(launch, small_run, runs):
+    run = runs / "nonfinite"
+    done = launch(
+        "varscale/train.py", "--config", "digits-varcon", *small_run, f"output_dir={run}", "checkpoint.every_steps=1",
+        "optimizer.lr=1e20", "schedule.warmup_epochs=0", "schedule.warmup_start_lr=0",
+    )  # fmt: skip
+    assert done.returncode == 3, done.stderr
+    report = json.loads((run / "nonfinite.json").read_text())
+    assert "stopped: step" in done.stderr.splitlines()[-1]
+    (rank,) = report["ranks"]
+    assert len(rank["samples"][0]) == 64
+    newest = (run / "checkpoints" / "latest").read_text()
+    assert int(newest.removeprefix("step-")) < report["step"]
+    assert all(t.isfinite().all() for t in load_file(run / "checkpoints" / newest / "model.safetensors").values())
+
+
+def test_the_script_does_not_shadow_other_packages(launch):
+    code = """
+        import runpy, sys
+        sys.argv, sys.path[0] = ["train.py"], "varscale"
+        runpy.run_path("varscale/train.py", run_name="not main")
+        print([path for path in sys.path if path.endswith("varscale")])
+    """
+    assert launch("-c", textwrap.dedent(code)).stdout.strip() == "[]"
+
+
+def test_dry_run_needs_no_launcher_and_trains_nothing(launch, small_run, runs):
+    done = launch(
+        "varscale/train.py", "--config", "digits-varcon", *small_run, f"output_dir={runs / 'dry'}", "--dry-run",
+        "--world-size", 4, "deepspeed.config=zero3",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for text in (
+        "global_batch_size: 64",
+        '"train_micro_batch_size_per_gpu": 16',
+        "64 images a step = micro batch 16 x accumulation 1 x world size 4",
+        "320 images = 5 steps an epoch",
+        "11,", "activations",
+    ):  # fmt: skip
+        assert text in done.stdout
+    assert not (runs / "dry").exists()
