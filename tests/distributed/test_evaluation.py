@@ -1,0 +1,127 @@
+"""Evaluation on two real processes gives what one gives: as a program, and as a function within another program."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate.state import AcceleratorState
+
+from varscale.config import load_config
+from varscale.data.augment import Augmentation
+from varscale.data.conversion import convert
+from varscale.data.decoding import CropSpec
+from varscale.data.loader import ViewLoader
+from varscale.data.sources import open_source
+from varscale.engine.checkpoints import write_checkpoint
+from varscale.engine.manifest import write_manifest
+from varscale.evaluate import main
+from varscale.evaluation.features import extract_features
+from varscale.evaluation.knn import knn_accuracy
+from varscale.export import load_encoder, new_encoder
+
+TRAIN, VAL = 61, 31  # nothing divides them
+
+
+def measure(run: Path, data: Path, rank: int, world_size: int) -> dict:
+    """What a training program does: features from the network as it stands, without accelerate."""
+    encoder, _, _ = load_encoder(run)
+    where = {"rank": rank, "world_size": world_size, "device": torch.device("cpu")}
+    normalise = Augmentation("none", 1, 8, (0.5,) * 3, (0.2,) * 3, seed=0)
+    found = {}
+    for split in ("train", "val"):
+        loader = ViewLoader(data / f"{split}.beton", [CropSpec(8, None)], seed=0, workers=1)
+        found[split] = extract_features(encoder, loader, normalise, batch_size=8, **where)
+    return found["val"]._asdict() | knn_accuracy(found["train"], found["val"], 3, k=(5,), **where)
+
+
+def work(run: Path, data: Path, out: Path) -> None:
+    """One rank, in a gloo group as DeepSpeed makes one on a machine without a GPU."""
+    dist.init_process_group("gloo")
+    threads = torch.get_num_threads()
+    torch.save(measure(run, data, dist.get_rank(), dist.get_world_size()), out / f"{dist.get_rank()}.pt")
+    assert torch.get_num_threads() == threads
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def run_and_data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("distributed")
+    random = np.random.default_rng(0)
+    arrays = {}
+    for split, count in (("train", TRAIN), ("test", VAL)):
+        labels = np.arange(count) % 3
+        images = 20 * labels[:, None, None, None] + random.integers(0, 210, (count, 8, 8, 3))
+        arrays |= {f"x_{split}": images.astype(np.uint8), f"y_{split}": labels}
+    np.savez(folder / "a.npz", **arrays)
+    info = convert(open_source(f"npz:{folder / 'a.npz'}"), folder / "data").info
+    overrides = [f"output_dir={folder / 'run'}", f"data.dir={folder / 'data'}", "data.image_size=8"]
+    config = load_config("digits-varcon", overrides)
+    write_manifest(config, {}, info.digest, world_size=1, device="cpu")
+    tensors = {f"encoder.{key}": tensor for key, tensor in new_encoder(config).state_dict().items()}
+    write_checkpoint(folder / "run", 1, {"model": tensors}, {}, keep=1)
+    return folder / "run", folder / "data"
+
+
+def execute(*command: object) -> str:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", *map(str, command)], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def torchrun(count: int) -> list[object]:
+    return ["torch.distributed.run", "--nproc-per-node", count, "--master-port", free_port()]
+
+
+def metrics(run: Path) -> dict[str, dict]:
+    found = json.loads((run / "evaluation" / "step-00000001.json").read_text())["results"]
+    return {one["evaluator"]: one for one in found}
+
+
+def test_two_processes_print_once_and_measure_what_one_does(run_and_data):
+    run, _ = run_and_data
+    arguments = ["--checkpoint", run, "knn", "linear", "linear-cached", "--k", 5, "--batch-size", 8]
+    arguments += ["--linear-epochs", 20, "--linear-lr", 1.0]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert main([str(argument) for argument in arguments]) == 0
+    alone = metrics(run)
+    printed = execute(*torchrun(2), "-m", "varscale.evaluate", *arguments)
+    together = metrics(run)
+    assert {one["world_size"] for one in together.values()} == {2}
+    for name in ("knn", "linear", "linear-cached"):
+        assert together[name]["metrics"] == alone[name]["metrics"]
+    assert printed.count("written to") == 1
+    # An accuracy at chance or at 100 would agree whatever went wrong.
+    assert 40 < alone["knn"]["metrics"]["top1_k5"] < 100
+    assert 40 < alone["linear"]["metrics"]["top1"] < 100
+
+
+def test_features_in_a_process_group_of_the_program_are_those_of_one_process(run_and_data, tmp_path):
+    run, data = run_and_data
+    execute(*torchrun(2), __file__, run, data, tmp_path)
+    alone = measure(run, data, 0, 1)
+    for rank in (0, 1):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        for name, expected in alone.items():
+            torch.testing.assert_close(found[name], expected, rtol=1e-5, atol=1e-5)
+    assert alone["indices"].tolist() == list(range(VAL))
+    assert 40 < alone["top1_k5"] < 100
+
+
+if __name__ == "__main__":
+    work(*map(Path, sys.argv[1:]))

@@ -1,0 +1,235 @@
+"""The evaluation program from end to end on a tiny run, and everything it refuses."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+from varscale.config import load_config
+from varscale.data.conversion import convert
+from varscale.data.sources import open_source
+from varscale.engine.checkpoints import write_checkpoint
+from varscale.engine.manifest import write_manifest
+from varscale.evaluate import main
+from varscale.export import new_encoder
+
+TRAIN, VAL, CLASSES = 60, 30, 4
+
+
+def convert_colours(folder: Path, *, size: int = 8, classes: int = CLASSES) -> str:
+    """A data set in which each class is a colour under noise; returns its digest."""
+    random = np.random.default_rng(0)
+    colours = random.integers(40, 216, (classes, 1, 1, 3))
+    arrays = {}
+    for split, count in (("train", TRAIN), ("test", VAL)):
+        labels = np.arange(count) % classes
+        noise = random.integers(-40, 40, (count, size, size, 3))
+        arrays |= {f"x_{split}": (colours[labels] + noise).astype(np.uint8), f"y_{split}": labels}
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(folder.with_suffix(".npz"), **arrays)
+    return convert(open_source(f"npz:{folder.with_suffix('.npz')}"), folder).info.digest
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("data") / "colours"
+    return folder, convert_colours(folder)
+
+
+@pytest.fixture
+def run(tmp_path: Path, data: tuple[Path, str]) -> Path:
+    """A run whose "trained" encoder has the parameters of another seed than the untrained one of the baselines."""
+    folder, digest = data
+    overrides = [f"output_dir={tmp_path / 'run'}", f"data.dir={folder}", "data.image_size=8"]
+    config = load_config("digits-varcon", overrides)
+    write_manifest(config, {}, digest, world_size=1, device="cpu")
+    encoder = new_encoder(config.model_copy(update={"seed": config.seed + 1}))
+    tensors = {f"encoder.{key}": tensor for key, tensor in encoder.state_dict().items()}
+    write_checkpoint(tmp_path / "run", 42, {"model": tensors}, {}, keep=1)
+    return tmp_path / "run"
+
+
+@pytest.fixture(autouse=True)
+def new_process() -> None:
+    """Accelerate keeps one state a process, and refuses another precision in it."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def results(run: Path) -> dict[tuple[str, str], dict]:
+    content = json.loads((run / "evaluation" / "step-00000042.json").read_text())
+    assert content["step"] == 42
+    return {(one["model"], one["evaluator"]): one for one in content["results"]}
+
+
+def test_all_evaluators_and_baselines_in_one_table(run, data, capsys):
+    arguments = ["--checkpoint", str(run), "knn", "linear", "linear-cached", "--baselines"]
+    assert main([*arguments, "--linear-epochs", "3", "--batch-size", "16", "--k", "5", "100"]) == 0
+    printed = capsys.readouterr().out
+    found = results(run)
+    models, evaluators = ("trained", "untrained", "pixels"), ("knn", "linear", "linear-cached")
+    assert set(found) == {(model, evaluator) for model in models for evaluator in evaluators}
+    for record in found.values():
+        assert all(0 <= value <= 100 for value in record["metrics"].values())
+        assert (record["data"]["train"], record["data"]["val"], record["data"]["digest"]) == (TRAIN, VAL, data[1])
+    # Noisy colours: easy for pixels, so that far below this the labels and images would not belong together.
+    assert found["pixels", "knn"]["metrics"]["top1_k5"] > 90
+    assert found["pixels", "linear-cached"]["metrics"]["top1"] > 90
+    assert found["trained", "knn"]["settings"]["k_used"] == [5, 60]
+    assert "k = 100: only 60 training samples" in printed
+    row = next(line for line in printed.splitlines() if line.startswith("knn") and "top1_k5" in line).split()
+    assert [float(number) for number in row[2:]] == [
+        round(found[model, "knn"]["metrics"]["top1_k5"], 2) for model in models
+    ]
+
+
+def test_later_results_join_earlier_ones(run, data):
+    checkpoint = run / "checkpoints" / "step-00000042"
+    assert main(["--checkpoint", str(run), "--data", str(data[0]), "knn"]) == 0
+    before = results(run)["trained", "knn"]
+    assert main(["--checkpoint", str(checkpoint), "linear-cached"]) == 0
+    found = results(run)
+    assert found["trained", "knn"] == before
+    assert found["trained", "linear-cached"]["metrics"]["top1"] > 50
+    assert main(["--checkpoint", str(run), "knn", "--k", "3"]) == 0
+    assert list(results(run)["trained", "knn"]["metrics"]) == ["top1_k3", "top5_k3"]
+    assert len(results(run)) == 2
+
+
+def test_half_precision_reaches_the_encoder(run, monkeypatch):
+    seen = set()
+    forward = torch.nn.functional.conv2d
+
+    def watched(*arguments):
+        seen.add(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32)
+        return forward(*arguments)
+
+    monkeypatch.setattr(torch.nn.functional, "conv2d", watched)
+    assert main(["--checkpoint", str(run), "knn", "--precision", "bfloat16"]) == 0
+    assert seen == {torch.bfloat16}
+    assert results(run)["trained", "knn"]["precision"] == "bfloat16"
+
+
+def test_it_runs_as_a_file_without_deepspeed_and_hides_no_package(run, repository, tmp_path):
+    """In a process in which importing deepspeed fails, started as `python varscale/evaluate.py`."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text("import sys\nsys.modules['deepspeed'] = None\n")
+    (tmp_path / "elsewhere").mkdir()
+    script = repository / "varscale" / "evaluate.py"
+    check = (
+        f"import sys, runpy\nsys.argv = {[str(script), '--checkpoint', str(run), 'knn']!r}\n"
+        f"sys.path[0] = {str(script.parent)!r}\n"
+        "try:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "finally:\n    import importlib.util as u\n"
+        "    print('hidden:', [n for n in ('evaluate', 'data', 'models', 'config', 'export') if u.find_spec(n)])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", check],
+        cwd=tmp_path / "elsewhere",
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(tmp_path / "site"), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "top1_k20" in done.stdout
+    assert "hidden: []" in done.stdout
+    assert ("trained", "knn") in results(run)
+
+
+def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that `arguments` are answered with."""
+    capsys.readouterr()
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+@pytest.mark.parametrize(
+    ("extra", "expected"),
+    [
+        (["knm"], "unknown evaluator 'knm'; choose from knn, linear, linear-cached; nearest: knn"),
+        (["linear_cached"], "nearest: linear-cached"),
+        (["knn", "--k", "0"], "--k is 0"),
+        (["knn", "--temperature", "0"], "--temperature is 0"),
+        (["knn", "--temperature", "nan"], "--temperature is nan"),
+        (["linear", "--linear-epochs", "0"], "--linear-epochs is 0"),
+        (["linear", "--linear-lr", "-1"], "--linear-lr is -1"),
+        (["knn", "--batch-size", "0"], "--batch-size is 0"),
+        (["knn", "--data", "nowhere"], "nowhere holds no converted data set"),
+    ],
+)
+def test_bad_arguments(run, capsys, extra, expected):
+    assert expected in refusal(["--checkpoint", str(run), *extra], capsys)
+    assert not (run / "evaluation").exists()
+
+
+def test_a_missing_run(run, capsys):
+    message = refusal(["--checkpoint", str(run.with_name("rum")), "knn"], capsys)
+    assert "no such run" in message
+    assert str(run) in message
+
+
+def test_data_of_another_number_of_classes(run, tmp_path, capsys):
+    convert_colours(tmp_path / "five", classes=5)
+    message = refusal(["--checkpoint", str(run), "--data", str(tmp_path / "five"), "knn"], capsys)
+    assert "5 classes, but the run was trained on 4" in message
+
+
+def test_data_of_smaller_images(run, tmp_path, capsys):
+    convert_colours(tmp_path / "small", size=6)
+    message = refusal(["--checkpoint", str(run), "--data", str(tmp_path / "small"), "knn"], capsys)
+    assert "at most 6 pixels a side, but the run was trained on images of 8" in message
+
+
+def test_data_without_labels(run, tmp_path, data, capsys):
+    from ffcv.fields import RGBImageField
+    from ffcv.writer import DatasetWriter
+
+    class Images:
+        def __len__(self) -> int:
+            return TRAIN
+
+        def __getitem__(self, index: int) -> tuple[np.ndarray]:
+            return (np.full((8, 8, 3), index, dtype=np.uint8),)
+
+    folder = tmp_path / "unlabelled"
+    folder.mkdir()
+    for name in ("dataset.json", "val.beton"):
+        (folder / name).write_bytes((data[0] / name).read_bytes())
+    writer = DatasetWriter(str(folder / "train.beton"), {"image": RGBImageField(write_mode="raw")}, num_workers=1)
+    writer.from_indexed_dataset(Images())
+    message = refusal(["--checkpoint", str(run), "--data", str(folder), "knn"], capsys)
+    assert "train.beton: has no labels" in message
+
+
+def test_a_truncated_beton(run, tmp_path, data, capsys):
+    folder = tmp_path / "cut"
+    folder.mkdir()
+    for name in ("dataset.json", "val.beton", "train.beton"):
+        (folder / name).write_bytes((data[0] / name).read_bytes())
+    (folder / "val.beton").write_bytes((data[0] / "val.beton").read_bytes()[:-100])
+    assert "val.beton" in refusal(["--checkpoint", str(run), "--data", str(folder), "knn"], capsys)
+
+
+def test_a_checkpoint_of_another_architecture(run, capsys):
+    manifest = json.loads((run / "manifest.json").read_text())
+    manifest["config"]["encoder"]["name"] = "resnet34"
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    message = refusal(["--checkpoint", str(run), "knn"], capsys)
+    assert "does not hold the resnet34" in message
+    assert "layer1.2.bn1.bias" in message
+
+
+def test_a_damaged_file_of_results(run, capsys):
+    (run / "evaluation").mkdir()
+    (run / "evaluation" / "step-00000042.json").write_text("{")
+    assert main(["--checkpoint", str(run), "knn"]) == 2
+    assert "step-00000042.json: not a file of results" in capsys.readouterr().err
