@@ -9,9 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from varscale.threads import wait_politely
-
-wait_politely()
+import varscale  # noqa: F401 -- before torch: it sets how OpenMP waits
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

@@ -1,4 +1,4 @@
-"""Every mistake in the input ends with exit code 2 and one line, before torch is loaded and with nothing left behind."""
+"""Every mistake in the input ends with exit code 2 and one line, before torch is loaded, and leaves nothing behind."""
 
 import json
 import shutil

@@ -44,7 +44,7 @@ def train(launch, small_run, runs):
     return call
 
 
-KEEP = ("checkpoint.every_steps=2", "checkpoint.keep=9")
+KEEP = ("checkpoint.every_steps=6",)
 PAIR = ("deepspeed.config=zero2", "batch.gradient_accumulation_steps=2")
 
 
@@ -55,7 +55,7 @@ def varcon_alone(train):
 
 # Without batch norm and its kinks, one process and several agree to rounding. A ResNet's first gradients are so badly
 # conditioned (all embeddings point the same way) that float32 rounding alone moves them by a percent.
-VIT = ("encoder.name=vit_s", "encoder.stem=null", "encoder.patch_size=4", "optimizer.lr=0.02")
+VIT = ("encoder.name=vit_s", "encoder.stem=null", "encoder.patch_size=8", "optimizer.lr=0.02")
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def test_two_ranks_zero_2_and_accumulation_are_one_process_to_rounding(vit_alone
     for ours, theirs in zip(metrics(vit_pair), metrics(vit_alone), strict=True):
         for name in ("loss", "kl", "nll", "tau2", "confidence", "gradient_norm", "lr"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-3), (ours["step"], name)
-    assert largest_difference(vit_pair, vit_alone) < 1e-5
+    assert largest_difference(vit_pair, vit_alone) < 1e-4
     assert metrics(vit_alone)[-1]["loss"] < 0.9 * metrics(vit_alone)[0]["loss"]
 
 
@@ -118,8 +118,7 @@ def test_resuming_from_the_middle_gives_the_same_end(train, varcon_alone, vit_pa
     again = runs / f"again-{launcher}"
     shutil.copytree(origin, again)
     (again / "checkpoints" / "latest").write_text("step-00000006")
-    for step in (8, 10):
-        shutil.rmtree(again / "checkpoints" / f"step-{step:08d}")
+    shutil.rmtree(again / "checkpoints" / f"step-{STEPS:08d}")
     train("digits-varcon", again.name, *KEEP, *overrides, launcher=launcher, resume=("--resume", "auto"))
     for part in ("model", "optimizer"):
         assert largest_difference(again, origin, part) == 0, f"{part} differs: the resumed run is not bit-exact"

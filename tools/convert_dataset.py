@@ -57,7 +57,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--workers", metavar="N", type=_whole(1, 1024), help="processes (default: the cores)")
     parser.add_argument("--skip-bad", action="store_true", help="leave out undecodable images; skipped.txt names all")
     parser.add_argument("--overwrite", action="store_true", help="replace the data set that OUT_DIR holds")
-    parser.add_argument("--image-size", type=int, choices=DIGIT_SIZES, help="digits: side in pixels (default: 16)")
+    parser.add_argument("--image-size", type=int, choices=DIGIT_SIZES, help="digits: side in pixels (default: 32)")
     parser.add_argument("--download-dir", metavar="DIR", type=Path, help="cifar10, cifar100: default ~/.cache/varscale")
     return parser.parse_args(arguments)
 

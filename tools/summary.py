@@ -11,6 +11,7 @@ from varscale.engine.rundir import find_checkpoint, read_metrics, run_config
 from varscale.errors import UserError
 
 COLUMNS = {"kNN, k = 20": ("knn", "top1_k20"), "linear": ("linear-cached", "top1")}
+BASELINES = {"pixels": "raw pixels", "untrained": "untrained encoder"}
 CURVES = {  # of metrics.jsonl: title -> (kind, names)
     "loss": ("train", ("loss", "kl", "nll")),
     "kNN top-1 (%)": ("knn", ("top1_k20",)),
@@ -37,17 +38,17 @@ def main(arguments: list[str] | None = None) -> int:
 
 def table(runs: list[Path]) -> str:
     """Top-1 in percent: the baselines that were measured beside the first run, then each run."""
-    rows: dict[str, dict] = {}
+    rows: dict[str, dict] = {BASELINES["pixels"]: {}, BASELINES["untrained"]: {}}
     for run in runs:
         name = run_config(run).objective.name
         for record in read_results(run):
-            label = f"{name} encoder" if record["model"] == "encoder" else record["model"]
+            label = BASELINES.get(record["model"], f"{name} encoder")
             rows.setdefault(label, {})[record["evaluator"]] = record["metrics"]
-    order = sorted(rows, key=lambda label: label.endswith(" encoder") and not label.startswith("untrained"))
+    rows = {label: found for label, found in rows.items() if found}
     width = max(map(len, rows))
     lines = [" " * width + "".join(f"{title:>14}" for title in COLUMNS)]
-    for label in order:
-        values = [rows[label].get(evaluator, {}).get(metric) for evaluator, metric in COLUMNS.values()]
+    for label, found in rows.items():
+        values = [found.get(evaluator, {}).get(metric) for evaluator, metric in COLUMNS.values()]
         lines.append(f"{label:{width}}" + "".join(f"{'-' if v is None else format(v, '.2f'):>14}" for v in values))
     return "\n".join(["top-1 accuracy in percent on held-out images", "", *lines])
 

@@ -25,7 +25,6 @@ from varscale.engine.launch import (
     report_user_error,
 )
 from varscale.errors import UserError
-from varscale.threads import wait_politely
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -45,7 +44,6 @@ USER_ERROR, NON_FINITE, INTERRUPTED = 2, 3, 130  # exit codes
 def main(arguments: list[str] | None = None) -> int:
     """Check everything that can be checked without torch, then train. Returns the exit code."""
     options = parse_arguments(arguments)
-    wait_politely()
     try:
         config = load_config(options.config, options.overrides)
         sizes = resolve_batch(config.batch, options.world_size or environment_world_size())

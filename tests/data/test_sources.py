@@ -109,7 +109,7 @@ def test_digits_held_out_fifth_never_changes():
 
 
 def test_digits_come_in_two_sizes():
-    with pytest.raises(UserError, match=r"--image-size 24.*16 and 32"):
+    with pytest.raises(UserError, match=r"--image-size 24.*32 and 16"):
         open_source("digits", image_size=24)
 
 

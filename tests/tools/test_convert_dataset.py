@@ -58,7 +58,7 @@ def run(*arguments, cwd):
 
 
 def test_digits_from_any_folder(tmp_path):
-    result = run("digits", "out", "--image-size", 32, "--workers", 2, cwd=tmp_path)
+    result = run("digits", "out", "--workers", 2, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     info = read_dataset_info(tmp_path / "out")
     assert info.image_sizes["train"]["max_width"] == 32

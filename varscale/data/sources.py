@@ -19,7 +19,7 @@ from PIL import Image
 from varscale.errors import UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
-DIGIT_SIZES = (16, 32)
+DIGIT_SIZES = (32, 16)
 KINDS = ("digits", "cifar10", "cifar100", "npz:FILE", "imagefolder:DIR")
 
 
@@ -82,7 +82,7 @@ def open_source(spec: str, *, image_size: int | None = None, download_dir: Path 
 
     Args:
         spec: `digits`, `cifar10`, `cifar100`, `npz:FILE` or `imagefolder:DIR`.
-        image_size: side of the digits' images, 16 (default) or 32; for `digits` only.
+        image_size: side of the digits' images, 32 (default) or 16; for `digits` only.
         download_dir: where CIFAR's archives lie or are downloaded to; for `cifar10` and `cifar100` only.
 
     Raises:

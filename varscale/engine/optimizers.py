@@ -124,9 +124,9 @@ def build_optimizer(
     undecayed = [{"params": excluded, "weight_decay": 0.0}] if excluded else []
     decayed = [{"params": kept}] if kept else []
     if name == "sgd":
-        return torch.optim.SGD(decayed + undecayed, lr=lr, momentum=momentum, weight_decay=weight_decay)
+        return torch.optim.SGD(decayed + undecayed, lr=lr, momentum=momentum, weight_decay=weight_decay, fused=True)
     if name == "adamw":
-        return torch.optim.AdamW(decayed + undecayed, lr=lr, betas=betas, weight_decay=weight_decay)
+        return torch.optim.AdamW(decayed + undecayed, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
     if name == "lars":
         return LARS(
             [{"params": [p]} for p in kept] + [group | {"adapt": False} for group in undecayed],
