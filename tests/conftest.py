@@ -57,6 +57,7 @@ def small_run(digits):
     return [
         f"data.dir={digits}",
         "data.workers=1",
+        "data.image_size=16",
         "batch.global_batch_size=64",
         "schedule.epochs=2",
         "compute.precision=float32",

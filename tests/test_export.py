@@ -30,7 +30,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 def make_run(run: Path, data: tuple[Path, str], *overrides: str, step: int = 7) -> tuple[Config, nn.Module]:
     """A run with one checkpoint of an encoder that is not the untrained one."""
-    config = load_config("digits-varcon", [f"output_dir={run}", f"data.dir={data[0]}", *overrides])
+    config = load_config(
+        "digits-varcon",
+        [f"output_dir={run}", f"data.dir={data[0]}", "data.image_size=16", "encoder.stem=cifar", *overrides],
+    )
     encoder = new_encoder(config)
     with torch.no_grad():
         for parameter in encoder.parameters():

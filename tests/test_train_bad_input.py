@@ -47,7 +47,7 @@ def test_unknown_recipe(refused):
         ("encoder.name=resnet19", "nearest: resnet18"),
         ("deepspeed.config=zero9", "nearest: zero"),
         ("objective.epsilon=0.1", "objective.epsilon is 0.1, but it must be smaller than objective.temperature"),
-        ("batch.micro_batch_size=48", "= 144, but global_batch_size is 128"),
+        ("batch.micro_batch_size=48", "= 48, but global_batch_size is 64"),
     ],
 )
 def test_configuration(refused, data, override, message):

@@ -53,7 +53,7 @@ def test_sizes_that_do_not_multiply_out_show_the_arithmetic(keys, world, message
 
 
 def resolved(*overrides, world=1):
-    config = load_config("digits-varcon", overrides)
+    config = load_config("digits-varcon", ["batch.global_batch_size=128", *overrides])
     return resolve_deepspeed(config, resolve_batch(config.batch, world))
 
 
@@ -68,7 +68,7 @@ def test_every_configuration_that_ships_is_filled_in(name, stage):
     assert settings["train_micro_batch_size_per_gpu"] == 64
     assert settings["gradient_accumulation_steps"] == 2
     assert settings["gradient_clipping"] == 5.0
-    assert settings["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
+    assert settings["torch_autocast"] == {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
     assert settings["communication_data_type"] == "fp32"
 
 

@@ -97,4 +97,4 @@ def test_more_than_two_views():
     batch = MicroBatch(torch.randn(12, 3, 16, 16), torch.zeros(4, dtype=torch.int64), torch.arange(4))
     loss, terms = learner.loss(learner.network, batch)
     assert torch.isfinite(loss)
-    assert 0 <= learner.derive({n: float(v) for n, v in terms.items()})["spread"] <= 1.5
+    assert 0 <= learner.derive({n: float(v.detach()) for n, v in terms.items()})["spread"] <= 1.5

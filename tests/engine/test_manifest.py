@@ -28,7 +28,7 @@ def test_every_start_is_listed(manifest):
         "output_dir=elsewhere",
         "deepspeed.config=zero3",
         "data.workers=7",
-        "batch.micro_batch_size=32",
+        "batch.micro_batch_size=16",
         "checkpoint.keep=5",
     ],
 )
@@ -40,9 +40,9 @@ def test_what_may_change(manifest, override):
     ("override", "message"),
     [
         ("encoder.name=resnet34", "encoder.name is 'resnet18' there, 'resnet34' now"),
-        ("optimizer.lr=1", "optimizer.lr is 0.1 there, 1.0 now"),
+        ("optimizer.lr=1", "optimizer.lr is 0.05 there, 1.0 now"),
         ("schedule.epochs=99", "schedule.epochs"),
-        ("batch.global_batch_size=64", "batch.global_batch_size"),
+        ("batch.global_batch_size=32", "batch.global_batch_size"),
         ("data.flip=0.5", "data.flip"),
     ],
 )

@@ -17,6 +17,8 @@ from varscale.objectives.centroids import local_statistics
 from varscale.objectives.varcon import varcon_loss, varcon_loss_from_statistics
 from varscale.objectives.vssl import Gaussian, vssl_loss
 
+COLLAPSED = 0.2  # below this spread of the latent means, VSSL is warned about
+
 Forward = Callable[[Tensor], object]
 Terms = dict[str, Tensor]
 
@@ -49,6 +51,9 @@ class Learner(Protocol):
 
     def derive(self, means: dict[str, float]) -> dict[str, float]:
         """What is shown, from the averages of what `loss` gave."""
+
+    def warning(self, shown: dict[str, float]) -> str | None:
+        """What a person should be told about these values, if anything."""
 
     def companions(self) -> dict[str, nn.Module]:
         """Modules beside the network whose tensors belong into a checkpoint."""
@@ -123,6 +128,9 @@ class VarConLearner:
         variance = max(0.0, square - offset * offset)
         return shown | {"tau2": self.objective.temperature + offset, "tau2_std": variance**0.5}
 
+    def warning(self, shown: dict[str, float]) -> str | None:
+        return None
+
     def companions(self) -> dict[str, nn.Module]:
         return {}
 
@@ -174,6 +182,14 @@ class VSSLLearner:
     def derive(self, means: dict[str, float]) -> dict[str, float]:
         # 1 for latent means spread evenly over the sphere, 0 for a collapsed network.
         return means | {"spread": means["mean_std"] * self.objective.latent_dim**0.5}
+
+    def warning(self, shown: dict[str, float]) -> str | None:
+        if shown["spread"] >= COLLAPSED:
+            return None
+        return (
+            f"the latent means are collapsing: spread {shown['spread']:.3f} (1 is healthy, 0 is one point for all "
+            "images); a lower learning rate, less weight decay or the predictor help"
+        )
 
     def companions(self) -> dict[str, nn.Module]:
         return {"teacher": self.teacher}

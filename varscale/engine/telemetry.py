@@ -58,6 +58,7 @@ class Telemetry:
         self.total_steps, self.steps_per_epoch = total_steps, total_steps // config.schedule.epochs
         self.window = (time.perf_counter(), state.samples_seen)
         self.trackers: list[GeneralTracker] = []
+        self.warned = -1  # the last epoch in which a warning was given
         if not self.first:
             return
         run = config.output_dir
@@ -95,6 +96,7 @@ class Telemetry:
             values = learner.derive(self.meter.read())
             values |= {"lr": lr, "gradient_norm": gradient_norm, "images_per_second": self._rate(state)}
             self.record("train", state.step, values)
+            self._warn(learner.warning(values), state.step)
 
     def record(self, kind: str, step: int, values: dict[str, float]) -> None:
         """Write one line of metrics.jsonl, show it and pass it to the trackers."""
@@ -115,6 +117,13 @@ class Telemetry:
         """Print a line above the progress bar."""
         if self.first:
             self.bar.write(message)
+
+    def _warn(self, warning: str | None, step: int) -> None:
+        """Say a warning, at most once an epoch."""
+        epoch = (step - 1) // self.steps_per_epoch
+        if warning and epoch != self.warned:
+            self.warned = epoch
+            self.say(f"WARNING: step {step}: {warning}")
 
     def _rate(self, state: TrainState) -> float:
         """Images per second since the last call, over all ranks."""

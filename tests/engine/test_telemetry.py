@@ -1,0 +1,84 @@
+"""The meter averages over steps and ranks, metrics.jsonl stays readable, a collapse is said once an epoch."""
+
+import json
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from varscale.config import load_config
+from varscale.engine.distributed import Ranks
+from varscale.engine.learners import build_learner
+from varscale.engine.rundir import read_metrics
+from varscale.engine.state import TrainState
+from varscale.engine.telemetry import Meter, Telemetry
+
+
+@pytest.fixture(autouse=True)
+def group_of_one(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def ranks(rank=0):
+    return Ranks(rank, rank, 1, 1, torch.device("cpu"))
+
+
+def vssl(tmp_path):
+    config = load_config("digits-vssl", [f"output_dir={tmp_path}/run", "logging.every_steps=1", "schedule.epochs=2"])
+    return config, build_learner(config, num_classes=10, total_steps=6, device=torch.device("cpu"))
+
+
+def terms(mean_std):
+    values = {"loss": 1.0, "kl": 0.4, "nll": 0.6, "cosine": 0.9, "mean_std": mean_std}
+    return [{name: torch.tensor(value) for name, value in values.items()}]
+
+
+def test_the_meter_averages_and_starts_anew():
+    meter = Meter()
+    for value in (1.0, 2.0, 6.0):
+        meter.add({"loss": torch.tensor(value), "count": torch.tensor(3)})
+    assert meter.read() == {"loss": 3.0, "count": 3.0}
+    meter.add({"loss": torch.tensor(5.0), "count": torch.tensor(1)})
+    assert meter.read() == {"loss": 5.0, "count": 1.0}
+
+
+def test_what_is_recorded_can_be_read_and_a_collapse_is_said_once_an_epoch(tmp_path, capsys):
+    config, learner = vssl(tmp_path)
+    state = TrainState()
+    healthy, collapsed = 1 / config.objective.latent_dim**0.5, 0.001
+    with Telemetry(config, {}, "digest", 6, state, ranks()) as telemetry:
+        for mean_std in (healthy, collapsed, collapsed, collapsed, healthy, collapsed):
+            state.advance(64)
+            telemetry.step(learner, state, terms(mean_std), lr=0.1, gradient_norm=1.0)
+        telemetry.record("knn", state.step, {"top1_k20": 90.0})
+    said = [line for line in capsys.readouterr().out.splitlines() if "collapsing" in line]
+    assert [line.split(":")[1].strip() for line in said] == ["step 2", "step 4"]
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [line["step"] for line in lines if line["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
+    assert lines[0]["spread"] == pytest.approx(1.0)
+    assert list((tmp_path / "run" / "tensorboard").glob("events.*"))
+
+
+def test_a_resumed_run_drops_the_steps_it_takes_again_and_a_torn_line(tmp_path):
+    config, learner = vssl(tmp_path)
+    state = TrainState()
+    with Telemetry(config, {}, "digest", 6, state, ranks()) as telemetry:
+        for _ in range(4):
+            state.advance(64)
+            telemetry.step(learner, state, terms(0.1), lr=0.1, gradient_norm=1.0)
+    path = tmp_path / "run" / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"kind": "train", "st')
+    with Telemetry(config, {}, "digest", 6, TrainState(step=2, samples_seen=128), ranks()):
+        pass
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
+
+
+def test_other_ranks_write_nothing(tmp_path):
+    config, learner = vssl(tmp_path)
+    state = TrainState(step=1)
+    with Telemetry(config, {}, "digest", 6, state, ranks(rank=1)) as telemetry:
+        telemetry.step(learner, state, terms(0.1), lr=0.1, gradient_norm=1.0)
+        telemetry.say("nothing")
+    assert not (tmp_path / "run").exists()
