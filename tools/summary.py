@@ -11,7 +11,6 @@ from varscale.engine.rundir import find_checkpoint, read_metrics, run_config
 from varscale.errors import UserError
 
 COLUMNS = {"kNN, k = 20": ("knn", "top1_k20"), "linear": ("linear-cached", "top1")}
-BASELINES = {"pixels": "raw pixels", "untrained": "untrained encoder"}
 CURVES = {  # of metrics.jsonl: title -> (kind, names)
     "loss": ("train", ("loss", "kl", "nll")),
     "kNN top-1 (%)": ("knn", ("top1_k20",)),
@@ -37,14 +36,18 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def table(runs: list[Path]) -> str:
-    """Top-1 in percent: the baselines that were measured beside the first run, then each run."""
-    rows: dict[str, dict] = {BASELINES["pixels"]: {}, BASELINES["untrained"]: {}}
+    """Top-1 in percent: of each run, and of the baselines that were measured beside it with the same protocol."""
+    rows: dict[str, dict] = {}
     for run in runs:
-        name = run_config(run).objective.name
-        for record in read_results(run):
-            label = BASELINES.get(record["model"], f"{name} encoder")
-            rows.setdefault(label, {})[record["evaluator"]] = record["metrics"]
-    rows = {label: found for label, found in rows.items() if found}
+        config = run_config(run)
+        encoder, size = config.encoder.name, f"{config.data.image_size}x{config.data.image_size}"
+        labels = {
+            "pixels": f"raw pixels, {size}",
+            "untrained": f"untrained {encoder}, {size}",
+            "trained": f"{config.objective.name} {encoder}, {size}",
+        }
+        for record in sorted(read_results(run), key=lambda record: list(labels).index(record["model"])):
+            rows.setdefault(labels[record["model"]], {})[record["evaluator"]] = record["metrics"]
     width = max(map(len, rows))
     lines = [" " * width + "".join(f"{title:>14}" for title in COLUMNS)]
     for label, found in rows.items():

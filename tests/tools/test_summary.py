@@ -39,10 +39,12 @@ def test_one_table_over_runs_and_baselines(summary, tmp_path, capsys):
     assert summary.main([str(first), str(second)]) == 0
     out = capsys.readouterr().out
     rows = [line.split() for line in out.splitlines()]
-    assert ["raw", "pixels", "97.50", "-"] in rows
-    assert ["untrained", "encoder", "93.60", "-"] in rows
-    assert ["varcon", "encoder", "98.90", "98.80"] in rows
-    assert ["vssl", "encoder", "96.10", "-"] in rows
+    assert rows[3:7] == [
+        ["raw", "pixels,", "32x32", "97.50", "-"],
+        ["untrained", "resnet18,", "32x32", "93.60", "-"],
+        ["varcon", "resnet18,", "32x32", "98.90", "98.80"],
+        ["vssl", "resnet18,", "16x16", "96.10", "-"],
+    ]
     assert str(first / "checkpoints" / "step-00000007") in out
     assert (first / "plots" / "training.png").read_bytes().startswith(b"\x89PNG")
 

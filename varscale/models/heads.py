@@ -9,6 +9,9 @@ from torch import Tensor, nn
 from varscale.models.norm import convert_batch_norm
 
 
+INITIAL_LOGVAR_SCALE = 0.1
+
+
 class Gaussian(NamedTuple):
     """Diagonal Gaussians: mean (N, d) and logvar (N, d), the natural logarithm of the variance, not yet bounded."""
 
@@ -48,8 +51,10 @@ def batch_normalised_mlp(in_dim: int, hidden_dim: int, out_dim: int, *, sync_bat
 class GaussianHead(nn.Module):
     """Two linear layers, (N, d) -> `Gaussian` of (N, d) and (N, d), in float32 at least.
 
-    The logvar layer keeps torch's weights and starts without bias, so that variances start around 1 (this project's
-    choice). Its weights must not start at zero: LARS moves a weight in proportion to its norm, so they would stay.
+    The logvar layer starts at a tenth of torch's weights and without bias, so that all variances start near 1 (this
+    project's choice). At torch's own scale the loss, which weighs every sample by its inverse variances, is ruled by
+    the few with small ones from the first step, and the encoder learns far more slowly. The weights must not start at
+    zero: LARS moves a weight in proportion to its norm, so they would stay there.
     """
 
     def __init__(self, dim: int):
@@ -57,6 +62,8 @@ class GaussianHead(nn.Module):
         self.mean = nn.Linear(dim, dim)
         self.logvar = nn.Linear(dim, dim)
         nn.init.zeros_(self.logvar.bias)
+        with torch.no_grad():
+            self.logvar.weight.mul_(INITIAL_LOGVAR_SCALE)
 
     def forward(self, latents: Tensor) -> Gaussian:
         return Gaussian(_at_least_float32(self.mean(latents)), _at_least_float32(self.logvar(latents)))
