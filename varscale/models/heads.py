@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from varscale.models.norm import convert_batch_norm
 
-
 INITIAL_LOGVAR_SCALE = 0.1
 
 
