@@ -43,7 +43,7 @@ def test_one_table_over_runs_and_baselines(summary, tmp_path, capsys):
         ["raw", "pixels,", "32x32", "97.50", "-"],
         ["untrained", "resnet18,", "32x32", "93.60", "-"],
         ["varcon", "resnet18,", "32x32", "98.90", "98.80"],
-        ["vssl", "resnet18,", "16x16", "96.10", "-"],
+        ["vssl", "resnet18,", "32x32", "96.10", "-"],
     ]
     assert str(first / "checkpoints" / "step-00000007") in out
     assert (first / "plots" / "training.png").read_bytes().startswith(b"\x89PNG")
