@@ -115,17 +115,21 @@ def run(
     from varscale.engine.schedules import LearningRate
     from varscale.engine.telemetry import Telemetry
     from varscale.engine.zero import set_learning_rate
+    from varscale.evaluation.context import Place
+    from varscale.evaluation.online import OnlineKNN
 
     images = data.train.num_samples
     steps = steps_per_epoch(images, sizes.global_batch_size)
     learning_rate = LearningRate(base_lr=config.optimizer.lr, steps_per_epoch=steps, **config.schedule.model_dump())
-    learner = build_learner(config, data.info.num_classes, learning_rate.total_steps, ranks.device)
+    total_steps = learning_rate.total_steps
+    learner = build_learner(config, data.info.num_classes, total_steps, ranks.device)
     engine, state = open_engine(config, deepspeed, learner, checkpoint)
     loader, augment = open_views(config, data, ranks)
-    knn = OnlineKNN(config, data, learner, ranks)
+    place = Place(ranks.device, ranks.rank, ranks.world_size)
+    knn = OnlineKNN(config, data.info, learner.network, place, workers=ranks.cores, labelled=data.labelled)
 
-    with Telemetry(config, deepspeed, data.info.digest, learning_rate.total_steps, state, ranks) as telemetry:
-        while state.step < learning_rate.total_steps:
+    with Telemetry(config, deepspeed, data.info.digest, total_steps, state, ranks) as telemetry:
+        while state.step < total_steps:
             epoch, first = state.position(steps)
             plan = rank_batches(
                 epoch_order(images, config.seed, epoch),
@@ -143,11 +147,10 @@ def run(
                     state.advance(sizes.global_batch_size)
                     learner.after_step(state.step)
                     telemetry.step(learner, state, terms, learning_rate(state.step - 1), gradient_norm)
-                    if state.step % (config.checkpoint.every_steps or steps) == 0:
+                    if state.step % (config.checkpoint.every_steps or steps) == 0 or state.step == total_steps:
                         resume.save(config, engine, learner, state, telemetry)
             if knn.is_due(epoch):
                 telemetry.record("knn", state.step, {"epoch": epoch + 1, **knn.measure()})
-        resume.save(config, engine, learner, state, telemetry)
 
 
 def take_step(
@@ -218,51 +221,6 @@ def open_views(
         return MicroBatch(augmentation(images, indices, epoch).contiguous(memory_format=layout), labels, indices)
 
     return loader, augment
-
-
-class OnlineKNN:
-    """The kNN accuracy of the encoder as it stands, on the validation split: the pulse of a run."""
-
-    def __init__(self, config: Config, data: TrainingData, learner: "Learner", ranks: "Ranks") -> None:
-        from varscale.data.loader import CropSpec
-        from varscale.evaluation.context import Images, Place, Settings
-
-        self.every, self.epochs = config.online_knn.every_epochs, config.schedule.epochs
-        self.labelled = data.train.labels is not None and data.val.labels is not None
-        self.network, self.precision = learner.network, config.compute.precision
-        crop = CropSpec(config.data.image_size, scale=config.data.crop_scale, interpolation=config.data.interpolation)
-        self.images = Images(
-            config.data.dir,
-            data.info.num_classes,
-            random_crop=crop,
-            mean=data.info.mean,
-            std=data.info.std,
-            seed=config.seed,
-            workers=config.data.workers or ranks.cores,
-        )
-        self.place = Place(ranks.device, ranks.rank, ranks.world_size)
-        self.settings = Settings(k=(config.online_knn.k,), temperature=config.online_knn.temperature)
-
-    def is_due(self, epoch: int) -> bool:
-        """Whether it is measured after this epoch: every so many, and at the end; never without labels."""
-        return self.labelled and self.every > 0 and ((epoch + 1) % self.every == 0 or epoch + 1 == self.epochs)
-
-    def measure(self) -> dict[str, float]:
-        """Top-1 and top-5 in percent. Every rank must call it."""
-        import torch
-
-        from varscale.evaluation import knn
-        from varscale.evaluation.context import Context
-
-        def encode(images: "Tensor") -> "Tensor":
-            with torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
-                return self.network.encoder(images)
-
-        self.network.eval()
-        try:
-            return knn.run(Context(encode, self.images, self.place, self.settings)).metrics
-        finally:
-            self.network.train()
 
 
 if __name__ == "__main__":

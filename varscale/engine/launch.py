@@ -43,6 +43,11 @@ class TrainingData:
     train: BetonSummary
     val: BetonSummary
 
+    @property
+    def labelled(self) -> bool:
+        """Whether both splits have labels."""
+        return self.train.labels is not None and self.val.labels is not None
+
 
 def check_training_data(config: Config, sizes: BatchSizes) -> TrainingData:
     """Read the data set's description and the metadata of both files; UserError where they do not fit the run."""

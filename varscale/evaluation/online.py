@@ -1,0 +1,54 @@
+"""The kNN accuracy of the encoder as it stands, measured while it is trained: the pulse of a run."""
+
+import torch
+from torch import Tensor, nn
+
+from varscale.config import Config
+from varscale.data.dataset import DatasetInfo
+from varscale.data.decoding import CropSpec
+from varscale.evaluation import knn
+from varscale.evaluation.context import Context, Images, Place, Settings
+
+
+class OnlineKNN:
+    """Measures `network.encoder` on the validation split every `online_knn.every_epochs` and after the last epoch.
+
+    network: in training; its parameters may be spread over the ranks, for every rank makes the same calls.
+    workers: loader threads where the configuration leaves their number open.
+    labelled: whether the data has labels; without them nothing is measured.
+    """
+
+    def __init__(
+        self, config: Config, info: DatasetInfo, network: nn.Module, place: Place, *, workers: int, labelled: bool
+    ) -> None:
+        self.every = config.online_knn.every_epochs if labelled else 0
+        self.epochs = config.schedule.epochs
+        self.network, self.place = network, place
+        self.autocast = config.compute.precision == "bfloat16"
+        self.settings = Settings(k=(config.online_knn.k,), temperature=config.online_knn.temperature)
+        data = config.data
+        self.images = Images(
+            data.dir,
+            info.num_classes,
+            random_crop=CropSpec(data.image_size, data.crop_scale, interpolation=data.interpolation),
+            mean=info.mean,
+            std=info.std,
+            seed=config.seed,
+            workers=data.workers or workers,
+        )
+
+    def is_due(self, epoch: int) -> bool:
+        """Whether it is measured after this epoch, counted from 0."""
+        return self.every > 0 and ((epoch + 1) % self.every == 0 or epoch + 1 == self.epochs)
+
+    def measure(self) -> dict[str, float]:
+        """Top-1 and top-5 in percent. Every rank must call it."""
+        self.network.eval()
+        try:
+            return knn.run(Context(self._encode, self.images, self.place, self.settings)).metrics
+        finally:
+            self.network.train()
+
+    def _encode(self, images: Tensor) -> Tensor:
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.autocast):
+            return self.network.encoder(images)
