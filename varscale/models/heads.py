@@ -51,8 +51,8 @@ class GaussianHead(nn.Module):
     """Two linear layers, (N, d) -> `Gaussian` of (N, d) and (N, d), in float32 at least.
 
     The logvar layer starts at a tenth of torch's weights and without bias, so that all variances start near 1 (this
-    project's choice). At torch's own scale the loss, which weighs every sample by its inverse variances, is ruled by
-    the few with small ones from the first step, and the encoder learns far more slowly. The weights must not start at
+    project's choice). The loss weighs every sample by its inverse variances; at torch's own scale a few small ones may
+    rule it early on: a conjecture from one pair of runs (benchmarks/digits.md). The weights must not start at
     zero: LARS moves a weight in proportion to its norm, so they would stay there.
     """
 
