@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +93,22 @@ def launch():
         )
 
     return run
+
+
+@pytest.fixture
+def unprivileged():
+    """A context in which permissions count, also where the tests run as root."""
+
+    @contextmanager
+    def without_root():
+        user = os.geteuid()
+        os.seteuid(65534 if user == 0 else user)
+        try:
+            yield
+        finally:
+            os.seteuid(user)
+
+    return without_root
 
 
 def free_port() -> int:

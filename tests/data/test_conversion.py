@@ -6,7 +6,6 @@ import resource
 import subprocess
 import sys
 import tempfile
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -422,12 +421,12 @@ def test_a_link_to_a_folder_stays_a_link(tmp_path):
     assert read_dataset_info(tmp_path / "real").num_samples("train") == 20
 
 
-def test_no_permission(tmp_path):
+def test_no_permission(tmp_path, unprivileged):
     with tempfile.TemporaryDirectory() as folder:
         closed, source = Path(folder), folder_source(Path(folder) / "in", {})
         (closed / "in" / "train" / "cat" / "good.png").chmod(0)
         closed.chmod(0o755 if os.geteuid() == 0 else 0o555)
-        with _unprivileged():
+        with unprivileged():
             with pytest.raises(UserError, match=r"cannot read .*train/cat/good\.png: Permission denied"):
                 convert(source, Path("/tmp") / f"varscale-test-{os.getpid()}")
             for out in (closed / "out", closed / "new" / "out"):
@@ -435,17 +434,6 @@ def test_no_permission(tmp_path):
                     convert(array_source(), out)
         closed.chmod(0o755)
         assert os.listdir(closed) == ["in"]
-
-
-@contextmanager
-def _unprivileged():
-    """Permissions count here, also where the tests run as root."""
-    user = os.geteuid()
-    os.seteuid(65534 if user == 0 else user)
-    try:
-        yield
-    finally:
-        os.seteuid(user)
 
 
 @pytest.fixture

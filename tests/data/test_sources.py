@@ -3,7 +3,6 @@
 import os
 import pickle
 import tempfile
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -23,22 +22,6 @@ def open_to_all():
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o777)
         yield Path(folder)
-
-
-@pytest.fixture
-def unprivileged():
-    """A context in which permissions count, also where the tests run as root."""
-
-    @contextmanager
-    def without_root():
-        user = os.geteuid()
-        os.seteuid(65534 if user == 0 else user)
-        try:
-            yield
-        finally:
-            os.seteuid(user)
-
-    return without_root
 
 
 def arrays(**changes):

@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from varscale.errors import UserError
+from varscale.files import sync
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -81,7 +82,7 @@ def staged_directory(
 
 def _publish(stage: Path, target: Path) -> None:
     for path in [*stage.iterdir(), stage]:
-        _force_to_disk(path)
+        sync(path)
     replaced = stage.with_suffix(".replaced")
     if target.exists():
         os.rename(target, replaced)
@@ -92,15 +93,7 @@ def _publish(stage: Path, target: Path) -> None:
             os.rename(replaced, target)
         raise
     shutil.rmtree(replaced, ignore_errors=True)
-    _force_to_disk(target.parent)
-
-
-def _force_to_disk(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync(target.parent)
 
 
 def _explain(target: Path, parent: Path, error: OSError) -> str:

@@ -14,9 +14,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from varscale.engine.files import replace_text, sync
 from varscale.engine.rundir import checkpoint_name
 from varscale.errors import UserError
+from varscale.files import replace_text, sync
 
 Tensors = Mapping[str, Tensor]
 

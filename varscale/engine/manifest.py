@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 from varscale.config import Config, to_yaml
-from varscale.engine.files import replace_text
 from varscale.errors import UserError
+from varscale.files import replace_text
 
 # Sections and keys that may differ between a run and its continuation without changing what is computed.
 FREE = {"name", "output_dir", "deepspeed", "checkpoint", "logging", "online_knn"}
