@@ -1,5 +1,7 @@
 """Photometric augmentation: each operation torchvision's, the parameters too, and no dependence on the batch."""
 
+from typing import get_args
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from scipy.stats import binomtest, chisquare, ks_2samp, kstest
 from torchvision.transforms import ColorJitter
 from torchvision.transforms.v2 import functional as F
 
+from varscale.config.schema import DataConfig
 from varscale.data import colour
 from varscale.data.augment import POLICIES, Augmentation, random_positions
 
@@ -239,6 +242,10 @@ def test_images_that_do_not_fit_are_refused(shape, dtype):
 def test_unknown_policies_are_refused():
     with pytest.raises(ValueError, match="simaugment"):
         Augmentation("simaugmnt", 2, 32, MEAN, STD, seed=0)
+
+
+def test_the_configuration_names_the_same_policies():
+    assert set(get_args(DataConfig.model_fields["augmentation"].annotation)) == set(POLICIES)
 
 
 @pytest.mark.gpu
