@@ -7,7 +7,8 @@ usage() {
     cat <<'USAGE'
 usage: tools/setup.sh [--wheelhouse DIR] [--check]
 
-  --wheelhouse DIR  install from a folder of wheels, without a network
+  --wheelhouse DIR  install from a folder of wheels, without a network; made on a machine like this one, once set up, by
+                    .venv/bin/python -m pip wheel --no-build-isolation -r requirements.lock -w DIR
   --check           say what is missing, change nothing (exit 2 if anything is)
 
 environment: PYTHON  the interpreter to build .venv with (3.11 or later)
@@ -116,7 +117,8 @@ source_options=()
 [ -z "$wheelhouse" ] || source_options=(--no-index --find-links "$wheelhouse")
 if ! "$venv/bin/uv" --version >/dev/null 2>&1; then
     "$venv/bin/python" -m pip --version >/dev/null 2>&1 || "$venv/bin/python" -m ensurepip >/dev/null
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "${source_options[@]}" "$(grep '^uv==' "$lock")"
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "${source_options[@]}" "$(grep '^uv==' "$lock")" \
+        || fail "uv could not be installed${wheelhouse:+; $wheelhouse must hold wheels of all of $lock, see --help} (reason above)"
 fi
 uv() { VIRTUAL_ENV=$venv "$venv/bin/uv" "$@"; }
 
