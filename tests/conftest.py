@@ -69,7 +69,19 @@ def small_run(digits):
 
 
 @pytest.fixture(scope="session")
-def launch():
+def free_port():
+    """A function: the number of a port that nobody listens on."""
+
+    def find() -> int:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            return probe.getsockname()[1]
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def launch(free_port):
     """Run a program of the project as a user would; returns the completed process, whatever its exit code.
 
     launcher: "python", "deepspeed" (2 ranks) or "torchrun" (2 ranks).
@@ -109,9 +121,3 @@ def unprivileged():
             os.seteuid(user)
 
     return without_root
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -177,7 +177,7 @@ def open_engine(
     from varscale.engine import resume
     from varscale.engine.optimizers import build_optimizer
     from varscale.engine.state import TrainState
-    from varscale.engine.zero import build_engine, partition_group
+    from varscale.engine.zero import build_engine, partition_companion, partition_group
 
     if checkpoint:
         resume.restore_modules(checkpoint, learner)
@@ -187,6 +187,8 @@ def open_engine(
         **config.optimizer.model_dump(exclude={"clip_grad_norm"}),
     )
     engine = build_engine(learner.network, optimizer, deepspeed)
+    for companion in learner.companions().values():
+        partition_companion(companion, deepspeed)
     return engine, resume.restore_progress(checkpoint, engine) if checkpoint else TrainState()
 
 

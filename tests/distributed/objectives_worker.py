@@ -1,6 +1,6 @@
 """One rank of the distributed objective tests: computes every case on its share of the batch and saves what it found.
 
-Usage: objectives_worker.py RANK WORLD_SIZE FOLDER, with FOLDER/cases.pt from test_objectives.py.
+Usage: objectives_worker.py FOLDER, with FOLDER/cases.pt from test_objectives.py.
 """
 
 import operator
@@ -68,15 +68,9 @@ class Traffic:
         return self._all_reduce(tensor, *args, **kwargs)
 
 
-def main(rank, world_size, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder / 'rendezvous'}",
-        rank=rank,
-        world_size=world_size,
-        timeout=timedelta(seconds=30),
-    )
+def main(folder):
+    dist.init_process_group("gloo", timeout=timedelta(seconds=30))
+    rank, world_size = dist.get_rank(), dist.get_world_size()
     groups = {world_size: None, 2: dist.new_group([0, 1]), 1: dist.new_group([0])}
     traffic, found = Traffic(), {}
     for name, case in torch.load(folder / "cases.pt").items():
@@ -87,9 +81,9 @@ def main(rank, world_size, folder):
         compute = {"varcon": varcon_case, "statistics": statistics_case, "vssl": vssl_case}[case["kind"]]
         found[name] = compute(case, case["inputs"][share], case["labels"][share], groups[len(case["shares"])])
         found[name] |= {"calls": traffic.calls - before[0], "numbers": traffic.numbers - before[1]}
-    torch.save(found, folder / f"rank{rank}.pt")
+    torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    main(Path(sys.argv[1]))

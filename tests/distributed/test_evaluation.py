@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -78,14 +77,9 @@ def execute(*command: object) -> str:
     return done.stdout
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def torchrun(count: int) -> list[object]:
-    return ["torch.distributed.run", "--nproc-per-node", count, "--master-port", free_port()]
+@pytest.fixture
+def torchrun(free_port):
+    return ["torch.distributed.run", "--nproc-per-node", 2, "--master-port", free_port()]
 
 
 def metrics(run: Path) -> dict[str, dict]:
@@ -93,14 +87,14 @@ def metrics(run: Path) -> dict[str, dict]:
     return {one["evaluator"]: one for one in found}
 
 
-def test_two_processes_print_once_and_measure_what_one_does(run_and_data):
+def test_two_processes_print_once_and_measure_what_one_does(run_and_data, torchrun):
     run, _ = run_and_data
     arguments = ["--checkpoint", run, "knn", "linear", "linear-cached", "--k", 5, "--batch-size", 8]
     arguments += ["--linear-epochs", 20, "--linear-lr", 1.0]
     AcceleratorState._reset_state(reset_partial_state=True)
     assert main([str(argument) for argument in arguments]) == 0
     alone = metrics(run)
-    printed = execute(*torchrun(2), "-m", "varscale.evaluate", *arguments)
+    printed = execute(*torchrun, "-m", "varscale.evaluate", *arguments)
     together = metrics(run)
     assert {one["world_size"] for one in together.values()} == {2}
     for name in ("knn", "linear", "linear-cached"):
@@ -111,9 +105,9 @@ def test_two_processes_print_once_and_measure_what_one_does(run_and_data):
     assert 40 < alone["linear"]["metrics"]["top1"] < 100
 
 
-def test_features_in_a_process_group_of_the_program_are_those_of_one_process(run_and_data, tmp_path):
+def test_features_in_a_process_group_of_the_program_are_those_of_one_process(run_and_data, torchrun, tmp_path):
     run, data = run_and_data
-    execute(*torchrun(2), __file__, run, data, tmp_path)
+    execute(*torchrun, __file__, run, data, tmp_path)
     alone = measure(run, data, 0, 1)
     for rank in (0, 1):
         found = torch.load(tmp_path / f"{rank}.pt")

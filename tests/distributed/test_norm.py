@@ -1,7 +1,5 @@
 """Batch normalisation over 2 and 4 real processes against `nn.BatchNorm` on the union of their batches."""
 
-import os
-import subprocess
 import sys
 from copy import deepcopy
 from pathlib import Path
@@ -79,9 +77,9 @@ def run(layer: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> dict[str, Ten
     return found | deepcopy(dict(layer.state_dict()))
 
 
-def work(rank: int, world_size: int, folder: Path) -> None:
-    store = f"file://{folder}/store{world_size}"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
+def work(folder: Path) -> None:
+    dist.init_process_group("gloo")
+    rank, world_size = dist.get_rank(), dist.get_world_size()
     found = {}
     for name, case in CASES.items():
         layer = convert_batch_norm(make_layer(case))
@@ -92,29 +90,14 @@ def work(rank: int, world_size: int, folder: Path) -> None:
             with frozen_running_statistics(layer), torch.no_grad():
                 found["frozen"] = {"output0": layer(batches[0][0].split(sizes)[rank])} | layer.state_dict()
             found["evaluation"] = {"output0": layer.eval()(batches[0][0].split(sizes)[rank]).detach()}
-    torch.save(found, folder / f"{rank}of{world_size}.pt")
+    torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder with the results of all ranks; the first two of the four processes form the world of two first."""
-    folder = tmp_path_factory.mktemp("norm")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, str(folder)]
-    processes = [subprocess.Popen([*command, str(rank)], env=environment) for rank in range(4)]
-    try:
-        assert [process.wait(timeout=240) for process in processes] == [0] * 4
-    finally:
-        for process in processes:
-            process.kill()
-    return folder
-
-
 @pytest.fixture(scope="module", params=[2, 4])
-def ranks(request: pytest.FixtureRequest, results: Path) -> list[dict]:
+def ranks(request: pytest.FixtureRequest, run_ranks, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     """What each of 2 or 4 processes found, case by case."""
-    return [torch.load(results / f"{rank}of{request.param}.pt") for rank in range(request.param)]
+    return run_ranks(__file__, request.param, tmp_path_factory.mktemp("norm"))
 
 
 def union(case: Case, world_size: int) -> dict[str, Tensor]:
@@ -218,6 +201,4 @@ def test_wrong_channels_are_named() -> None:
 
 
 if __name__ == "__main__":
-    for world_size in (2, 4):
-        if int(sys.argv[2]) < world_size:
-            work(int(sys.argv[2]), world_size, Path(sys.argv[1]))
+    work(Path(sys.argv[1]))

@@ -1,8 +1,6 @@
 """Gradients averaged over 1, 2 and 4 real processes equal those of one process on the union of their batches."""
 
 import itertools
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -53,24 +51,11 @@ VSSL = {f"vssl, {world} ranks": make_case("vssl", world) for world in (1, 2, RAN
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def found(run_ranks, tmp_path_factory):
     """What each rank found in each case: a list of dictionaries by case name. All cases share four processes."""
     folder = tmp_path_factory.mktemp("ranks")
     torch.save(VARCON | STATISTICS | VSSL, folder / "cases.pt")
-    worker = Path(__file__).with_name("objectives_worker.py")
-    processes = [
-        subprocess.Popen(
-            [sys.executable, worker, str(rank), str(RANKS), folder], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-        for rank in range(RANKS)
-    ]
-    try:
-        outputs = [process.communicate(timeout=120)[0].decode() for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * RANKS, "\n".join(outputs)
-    ranks = [torch.load(folder / f"rank{rank}.pt") for rank in range(RANKS)]
+    ranks = run_ranks(Path(__file__).with_name("objectives_worker.py"), RANKS, folder, timeout=120)
     return {name: [rank[name] for rank in ranks if name in rank] for name in VARCON | STATISTICS | VSSL}
 
 

@@ -1,7 +1,5 @@
 """Every optimizer gives the same parameters at ZeRO stages 0 to 3, on two real processes under DeepSpeed."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -75,11 +73,11 @@ def fill_padding(network: nn.Module, rank: int, value: float) -> None:
         shard.data[max(parameter.ds_numel - rank * shard.ds_numel, 0) :] = value
 
 
-def work(rank: int, folder: Path) -> None:
+def work(folder: Path) -> None:
     import deepspeed
 
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD_SIZE)
     deepspeed.init_distributed("gloo")
+    rank = dist.get_rank()
     found = {
         (name, stage): train_under_deepspeed(options, stage, rank)
         for name, options in OPTIMIZERS.items()
@@ -90,28 +88,9 @@ def work(rank: int, folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+def ranks(run_ranks, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     """The final parameters on each rank, by optimizer and stage."""
-    folder = tmp_path_factory.mktemp("zero")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "WORLD_SIZE": str(WORLD_SIZE)}
-    processes, logs = [], [folder / f"{rank}.log" for rank in range(WORLD_SIZE)]
-    try:
-        for rank, log in enumerate(logs):
-            with log.open("w") as output:
-                processes.append(
-                    subprocess.Popen(
-                        [sys.executable, __file__, str(rank), str(folder)],
-                        env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                        stdout=output,
-                        stderr=subprocess.STDOUT,
-                    )
-                )
-        codes = [process.wait(timeout=300) for process in processes]
-        assert codes == [0] * WORLD_SIZE, "\n".join(log.read_text()[-3000:] for log in logs)
-    finally:
-        for process in processes:
-            process.kill()
-    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD_SIZE)]
+    return run_ranks(__file__, WORLD_SIZE, tmp_path_factory.mktemp("zero"))
 
 
 def reference(name: str) -> dict[str, torch.Tensor]:
@@ -138,4 +117,4 @@ def test_stage_gives_the_parameters_of_one_plain_process(ranks: list[dict], name
 
 
 if __name__ == "__main__":
-    work(int(sys.argv[1]), Path(sys.argv[2]))
+    work(Path(sys.argv[1]))

@@ -70,7 +70,7 @@ def test_update_is_the_moving_average_over_several_steps(student: VSSLNetwork, i
     expected = {name: p.detach().double() for name, p in teacher.network.named_parameters()}
     for momentum in (0.99, 0.9, 0.3):
         train_a_little(student, images)
-        teacher.update(student.named_parameters(), student.named_buffers(), momentum)
+        teacher.update(student, momentum)
         current = dict(student.named_parameters())
         for name in expected:
             expected[name] = momentum * expected[name] + (1 - momentum) * current[name].detach().double()
@@ -87,7 +87,7 @@ def test_update_of_the_teacher_leaves_the_student(student: VSSLNetwork, images: 
     teacher = MomentumTeacher(student)
     train_a_little(student, images)
     before = deepcopy(student.state_dict())
-    teacher.update(student.named_parameters(), student.named_buffers(), 0.5)
+    teacher.update(student, 0.5)
     assert all(torch.equal(value, before[key]) for key, value in student.state_dict().items())
 
 
@@ -99,13 +99,26 @@ def test_momentum_zero_and_one_are_exact() -> None:
         assert torch.equal(target, expected)
 
 
+def test_update_by_parts_leaves_the_rest(student: VSSLNetwork, images: torch.Tensor) -> None:
+    teacher, whole = MomentumTeacher(student), MomentumTeacher(student)
+    before = deepcopy(dict(teacher.network.named_parameters()))
+    train_a_little(student, images)
+    teacher.update(student, 0.5, part=lambda p: p.detach().flatten()[: p.numel() // 2])
+    whole.update(student, 0.5)
+    expected = dict(whole.network.named_parameters())
+    for name, parameter in teacher.network.named_parameters():
+        half = parameter.numel() // 2
+        assert torch.equal(parameter.flatten()[:half], expected[name].flatten()[:half])
+        assert torch.equal(parameter.flatten()[half:], before[name].flatten()[half:])
+
+
 def test_wrong_calls_are_named(student: VSSLNetwork) -> None:
     teacher = MomentumTeacher(student)
-    parameters, buffers = dict(student.named_parameters()), dict(student.named_buffers())
     with pytest.raises(ValueError, match=r"momentum is 1\.5"):
-        teacher.update(parameters.items(), buffers.items(), 1.5)
-    partitioned = parameters | {"encoder.0.weight": torch.empty(0)}
-    with pytest.raises(ValueError, match=r"encoder\.0\.weight: the student's shape is \(0,\).*gathered first"):
-        teacher.update(partitioned.items(), buffers.items(), 0.9)
-    with pytest.raises(ValueError, match=r"the student has no encoder\.1\.running_mean"):
-        teacher.update(parameters.items(), [], 0.9)
+        teacher.update(student, 1.5)
+    students = {id(p) for p in student.parameters()}
+    with pytest.raises(ValueError, match=r"encoder\.0\.weight: the student's shape is \(0,\).*both or neither"):
+        teacher.update(student, 0.9, part=lambda p: p.detach().flatten()[: 0 if id(p) in students else None])
+    student.encoder[1] = nn.Identity()
+    with pytest.raises(ValueError, match=r"the student has no encoder\.1\.weight"):
+        teacher.update(student, 0.9)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from varscale.config import Config, VarConConfig, VSSLConfig
 from varscale.engine.schedules import teacher_momentum
-from varscale.engine.zero import whole_parameters
+from varscale.engine.zero import drop_whole_copies, local_part
 from varscale.models.encoders import build_encoder
 from varscale.models.networks import build_varcon_network, build_vssl_network
 from varscale.models.norm import frozen_running_statistics
@@ -176,8 +176,8 @@ class VSSLLearner:
         momentum = teacher_momentum(
             step, self.total_steps, base=self.objective.teacher_momentum, final=self.objective.teacher_momentum_final
         )
-        with whole_parameters(self.network):
-            self.teacher.update(self.network.named_parameters(), self.network.named_buffers(), momentum)
+        drop_whole_copies(self.teacher)
+        self.teacher.update(self.network, momentum, part=local_part)
 
     def derive(self, means: dict[str, float]) -> dict[str, float]:
         # 1 for latent means spread evenly over the sphere, 0 for a collapsed network.

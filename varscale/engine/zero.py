@@ -23,6 +23,31 @@ def build_engine(network: nn.Module, optimizer: torch.optim.Optimizer, settings:
     return engine
 
 
+def partition_companion(module: nn.Module, settings: dict) -> None:
+    """Under ZeRO-3, partition the parameters of a module that is only run forward, as those of the network are.
+
+    From then on its layers gather what they need when it is called, and every rank keeps its part alone: the same part,
+    of a parameter of the same size, as of the network's. Unlike there, small parameters are partitioned too.
+    """
+    if zero_stage(settings) < 3:
+        return
+    zero = settings["zero_optimization"] | {"stage3_param_persistence_threshold": 0}
+    zero.pop("offload_optimizer", None)  # there is none
+    deepspeed.initialize(model=module, config=settings | {"zero_optimization": zero})
+
+
+def local_part(parameter: nn.Parameter) -> Tensor:
+    """What this rank keeps of a parameter: its flat part, padded at the end, under ZeRO-3, otherwise all of it."""
+    return getattr(parameter, "ds_tensor", parameter)
+
+
+def drop_whole_copies(module: nn.Module) -> None:
+    """Under ZeRO-3, give back what a forward pass gathered, so that no whole copy hides a change of the parts."""
+    partitioned = [p for p in module.parameters() if hasattr(p, "ds_id")]
+    if partitioned:
+        partitioned[0].partition(partitioned)
+
+
 def partition_group(settings: dict) -> dist.ProcessGroup | None:
     """The ranks over which the ZeRO stage of these settings partitions the optimizer's parameters; None for stage 0."""
     return dist.group.WORLD if zero_stage(settings) else None

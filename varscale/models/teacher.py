@@ -1,6 +1,6 @@
 """The momentum teacher of VSSL: an exponential moving average of the student, never trained itself."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 
 import torch
@@ -14,7 +14,8 @@ from varscale.models.norm import frozen_running_statistics
 class MomentumTeacher(nn.Module):
     """A copy of the student's encoder, projector and Gaussian head that follows the student by `update`.
 
-    Build it from the whole student, before any parameter is partitioned. As in BYOL the teacher's batch normalisation
+    Build it from the whole student, before any parameter is partitioned; then ZeRO stage 3 may partition both, and
+    `update` moves every rank's own part. As in BYOL the teacher's batch normalisation
     uses the statistics of its own batch (train mode); unlike there, its forward leaves the running statistics
     alone, since `update` overwrites them with the student's.
     """
@@ -32,17 +33,16 @@ class MomentumTeacher(nn.Module):
             return self.network(images)
 
     def update(
-        self, parameters: Iterable[tuple[str, Tensor]], buffers: Iterable[tuple[str, Tensor]], momentum: float
+        self, student: VSSLNetwork, momentum: float, *, part: Callable[[nn.Parameter], Tensor] = lambda p: p
     ) -> None:
         """theta_t <- momentum theta_t + (1 - momentum) theta_s for parameters; buffers are copied.
 
-        parameters, buffers: the student's `named_parameters()` and `named_buffers()`; what the teacher lacks (the
-        predictor) is passed over. Raises ValueError where one is missing or has another shape, as a parameter that ZeRO
-        stage 3 has partitioned does until it is gathered.
+        part: what is kept of a parameter on this rank, the same piece of the student's and of the teacher's; all of it
+            unless ZeRO stage 3 has partitioned both. Raises ValueError where the pieces do not match.
         """
-        targets, sources = _matched(self.network.named_parameters(), parameters)
+        targets, sources = _matched(self.network.named_parameters(), student.named_parameters(), part)
         moving_average_(targets, sources, momentum)
-        targets, sources = _matched(self.network.named_buffers(), buffers)
+        targets, sources = _matched(self.network.named_buffers(), student.named_buffers())
         if targets:
             with torch.no_grad():
                 torch._foreach_copy_(targets, sources)
@@ -60,18 +60,21 @@ def moving_average_(targets: Sequence[Tensor], sources: Sequence[Tensor], moment
 
 
 def _matched(
-    teacher: Iterable[tuple[str, Tensor]], student: Iterable[tuple[str, Tensor]]
+    teacher: Iterable[tuple[str, Tensor]],
+    student: Iterable[tuple[str, Tensor]],
+    part: Callable[[Tensor], Tensor] = lambda tensor: tensor,
 ) -> tuple[list[Tensor], list[Tensor]]:
+    """The teacher's tensors and the student's of the same names, which has more of them."""
     found = dict(student)
-    targets, sources = [], []
+    pairs = []
     for name, target in teacher:
         if name not in found:
             raise ValueError(f"the student has no {name}, which the teacher follows")
-        if found[name].shape != target.shape:
+        ours, theirs = part(target), part(found[name])
+        if ours.shape != theirs.shape:
             raise ValueError(
-                f"{name}: the student's shape is {tuple(found[name].shape)}, the teacher's {tuple(target.shape)}; "
-                "parameters partitioned by ZeRO stage 3 must be gathered first"
+                f"{name}: the student's shape is {tuple(theirs.shape)}, the teacher's {tuple(ours.shape)}; ZeRO stage "
+                "3 must have partitioned both or neither"
             )
-        targets.append(target)
-        sources.append(found[name])
-    return targets, sources
+        pairs.append((ours, theirs))
+    return [ours for ours, _ in pairs], [theirs for _, theirs in pairs]
