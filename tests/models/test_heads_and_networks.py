@@ -52,6 +52,19 @@ def test_batch_normalised_mlp_layers() -> None:
     assert layers(torch.randn(4, 10)).shape == (4, 7)
 
 
+def test_normalised_latents_have_no_common_mean(images: torch.Tensor) -> None:
+    encoder = build_encoder("resnet18", image_size=32)
+    sizes = {"latent_dim": 12, "projector_hidden": 24, "predictor_hidden": 20}
+    network = build_vssl_network(encoder, **sizes, normalise_latents=True)
+    nn.init.constant_(network.projector[3].bias, 10.0)
+    projected = network.projector(network.encoder(images))
+    for latents in (projected, network.predictor(projected)):
+        torch.testing.assert_close(latents.mean(0), torch.zeros(12), rtol=0, atol=1e-5)
+        assert latents.std(0).min() > 0.5
+    assert network.predictor[4].weight is None
+    assert build_vssl_network(encoder, **sizes).projector[-1].out_features == 12
+
+
 def test_gaussian_head_starts_with_variances_around_one() -> None:
     torch.manual_seed(0)
     latents = batch_normalised_mlp(512, 1024, 256)(torch.randn(64, 512))

@@ -115,6 +115,7 @@ class VSSLConfig(Section):
     projector_hidden: PositiveInt = 4096
     predictor: bool = True
     predictor_hidden: PositiveInt = 4096
+    normalise_latents: bool = False
     teacher_momentum: Annotated[float, Field(ge=0, le=1)] = 0.99
     teacher_momentum_final: Annotated[float, Field(ge=0, le=1)] = 1.0
 

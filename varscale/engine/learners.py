@@ -145,6 +145,7 @@ class VSSLLearner:
             projector_hidden=objective.projector_hidden,
             predictor=objective.predictor,
             predictor_hidden=objective.predictor_hidden,
+            normalise_latents=objective.normalise_latents,
             sync_batch_norm=config.encoder.sync_batch_norm,
         )
         self.teacher = MomentumTeacher(self.network)

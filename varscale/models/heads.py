@@ -33,10 +33,13 @@ class ProjectionHead(nn.Sequential):
         return F.normalize(_at_least_float32(super().forward(features)), dim=1)
 
 
-def batch_normalised_mlp(in_dim: int, hidden_dim: int, out_dim: int, *, sync_batch_norm: bool = True) -> nn.Sequential:
+def batch_normalised_mlp(
+    in_dim: int, hidden_dim: int, out_dim: int, *, normalise_output: bool = False, sync_batch_norm: bool = True
+) -> nn.Sequential:
     """Linear-BN-ReLU-Linear, (N, in_dim) -> (N, out_dim): VSSL's projector and predictor, after BYOL.
 
-    The first layer has no bias: batch normalisation would subtract it again.
+    The first layer has no bias: batch normalisation would subtract it again. normalise_output: a batch normalisation
+    without scale and shift behind it, as in MoCo v3 (arXiv 2104.02057, its code).
     """
     layers = nn.Sequential(
         nn.Linear(in_dim, hidden_dim, bias=False),
@@ -44,6 +47,8 @@ def batch_normalised_mlp(in_dim: int, hidden_dim: int, out_dim: int, *, sync_bat
         nn.ReLU(inplace=True),
         nn.Linear(hidden_dim, out_dim),
     )
+    if normalise_output:
+        layers.append(nn.BatchNorm1d(out_dim, affine=False))
     return convert_batch_norm(layers) if sync_batch_norm else layers
 
 

@@ -46,17 +46,19 @@ def build_vssl_network(
     projector_hidden: int = 4096,
     predictor: bool = True,
     predictor_hidden: int = 4096,
+    normalise_latents: bool = False,
     sync_batch_norm: bool = True,
 ) -> VSSLNetwork:
     """The student: `encoder` with a freshly initialised projector, predictor (where wanted) and Gaussian head.
 
     The widths are this project's, after BYOL's: the projector maps feature_dim to latent_dim through projector_hidden
-    units, the predictor latent_dim to itself through predictor_hidden.
+    units, the predictor latent_dim to itself through predictor_hidden. normalise_latents: a batch normalisation behind
+    each of them, so that no mean that all samples share can grow.
     """
-    sync = {"sync_batch_norm": sync_batch_norm}
+    options = {"normalise_output": normalise_latents, "sync_batch_norm": sync_batch_norm}
     return VSSLNetwork(
         encoder,
-        batch_normalised_mlp(encoder.feature_dim, projector_hidden, latent_dim, **sync),
-        batch_normalised_mlp(latent_dim, predictor_hidden, latent_dim, **sync) if predictor else None,
+        batch_normalised_mlp(encoder.feature_dim, projector_hidden, latent_dim, **options),
+        batch_normalised_mlp(latent_dim, predictor_hidden, latent_dim, **options) if predictor else None,
         GaussianHead(latent_dim),
     )
