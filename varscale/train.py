@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 # What is imported above is light. torch, DeepSpeed and FFCV are imported inside functions, after every check that can
 # be made without them: a mistake in the configuration is answered at once.
 
-USER_ERROR, NON_FINITE, INTERRUPTED = 2, 3, 130  # exit codes
+PEER_FAILED, USER_ERROR, NON_FINITE, INTERRUPTED = 1, 2, 3, 130  # exit codes
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -88,7 +88,8 @@ def train(config: Config, sizes: BatchSizes, deepspeed: dict, resume: str | None
     ranks = distributed.join()
     try:
         run(config, sizes, deepspeed, data, checkpoint, ranks)
-    except LoaderError as error:  # on this rank alone: the launcher ends the others
+    except LoaderError as error:  # on this rank alone
+        distributed.announce_failure(ranks, str(error))
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR
     except NonFiniteError as error:
@@ -99,6 +100,13 @@ def train(config: Config, sizes: BatchSizes, deepspeed: dict, resume: str | None
         if ranks.is_first:
             print("\ninterrupted; --resume auto goes on from the newest checkpoint", file=sys.stderr)
         return INTERRUPTED
+    except Exception as error:
+        cause = distributed.announced_failure()
+        if cause is None:
+            distributed.announce_failure(ranks, repr(error))
+            raise
+        print(f"error: another rank failed: {cause}", file=sys.stderr)
+        return PEER_FAILED
     finally:
         distributed.leave()
     return 0

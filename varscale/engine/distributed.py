@@ -2,10 +2,17 @@
 
 import os
 import socket
+import time
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
+
+PATIENCE = timedelta(minutes=10)  # for a rank that does not come to a collective; saving a large checkpoint takes a few
+FAILURE = "varscale/failure"  # where in the process group's store a failing rank leaves word
 
 
 @dataclass(frozen=True)
@@ -45,7 +52,8 @@ def join() -> Ranks:
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, timeout=PATIENCE, verbose=False)
     ranks = Ranks(dist.get_rank(), local_rank, world_size, local_world_size, device)
     torch.set_num_threads(ranks.cores)
     return ranks
@@ -55,6 +63,22 @@ def leave() -> None:
     """End the process group: without this a ZeRO-3 run on gloo ends with signal 6 after all went well."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def announce_failure(ranks: Ranks, reason: str) -> None:
+    """Leave word for the other ranks, whose collectives are about to break, of why this one ends; the first counts."""
+    with suppress(RuntimeError, ValueError):
+        _get_default_store().compare_set(FAILURE, "", f"rank {ranks.rank}: {reason}")
+    if ranks.is_first and ranks.world_size > 1:
+        time.sleep(3)  # the store may live in this process: give the others time to read
+
+
+def announced_failure() -> str | None:
+    """Why another rank ended, where it left word and the store still stands; None otherwise."""
+    with suppress(RuntimeError, ValueError):
+        store = _get_default_store()
+        store.wait([FAILURE], timedelta(seconds=2))
+        return store.get(FAILURE).decode()
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:

@@ -1,0 +1,78 @@
+"""A rank that fails ends the others within seconds, and its own error is what a person reads."""
+
+import os
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from varscale.data.conversion import convert
+from varscale.data.decoding import CropSpec
+from varscale.data.loader import ViewLoader
+from varscale.data.sampling import epoch_order
+from varscale.data.sources import open_source
+
+IMAGES, BATCH = 96, 32
+PATIENCE = 300  # seconds, of which all but a few go into starting
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory):
+    """A data set of JPEG files; returns it and the one sample that cannot be decoded: rank 1 meets it in step 2."""
+    folder = tmp_path_factory.mktemp("damaged")
+    random = np.random.default_rng(0)
+    for split, count in (("train", IMAGES), ("val", 4)):
+        for index in range(count):
+            path = folder / "images" / split / f"class {index % 2}" / f"{index:03}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(random.integers(0, 256, (16, 16, 3), np.uint8)).save(path)
+    convert(open_source(f"imagefolder:{folder / 'images'}"), folder / "data")
+    sample = int(epoch_order(IMAGES, 0, 0)[2 * BATCH - 1])
+    beton = folder / "data" / "train.beton"
+    record = ViewLoader(beton, [CropSpec(16, None)], seed=0, workers=1).records[sample]
+    with beton.open("r+b") as file:
+        file.seek(int(record["offset"]))
+        file.write(bytes(int(record["size"])))
+    return folder / "data", sample
+
+
+@pytest.fixture
+def command(damaged, small_run, tmp_path):
+    data, _ = damaged
+    overrides = [*small_run, f"data.dir={data}", f"batch.global_batch_size={BATCH}", f"output_dir={tmp_path / 'run'}"]
+    return ["varscale/train.py", "--config", "digits-varcon", *overrides]
+
+
+def test_under_a_launcher(launch, command, damaged):
+    start = time.monotonic()
+    done = launch(*command, launcher="deepspeed", timeout=2 * PATIENCE)
+    assert time.monotonic() - start < PATIENCE
+    assert done.returncode != 0
+    assert f"error: {damaged[0]}/train.beton: sample {damaged[1]} cannot be loaded" in done.stderr
+
+
+def test_without_a_launcher_that_ends_the_others(command, damaged, repository, free_port):
+    environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, *map(str, command)],
+            cwd=repository,
+            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        said = [process.communicate(timeout=PATIENCE)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [1, 2]
+    assert f"sample {damaged[1]} cannot be loaded" in said[1].splitlines()[-1]
+    assert said[0].splitlines()[-1].startswith("error: another rank failed: rank 1: ")
+    assert f"sample {damaged[1]} cannot be loaded" in said[0].splitlines()[-1]
+    assert "Traceback" not in said[0] + said[1]
