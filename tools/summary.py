@@ -10,7 +10,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from varscale.engine.rundir import find_checkpoint, read_metrics, run_config
 from varscale.errors import UserError
 
-COLUMNS = {"kNN, k = 20": ("knn", "top1_k20"), "linear": ("linear-cached", "top1")}
+COLUMNS = {
+    "kNN, k = 20": ("knn", "top1_k20"),
+    "kNN, k = 200": ("knn", "top1_k200"),
+    "linear": ("linear-cached", "top1"),
+}
 CURVES = {  # of metrics.jsonl: title -> (kind, names)
     "loss": ("train", ("loss", "kl", "nll")),
     "kNN top-1 (%)": ("knn", ("top1_k20",)),

@@ -25,25 +25,28 @@ def make_run(folder, recipe, results):
     lines = [{"kind": "train", "step": s, "loss": 3.0 - s, "lr": 0.1} for s in (1, 2)]
     lines.append({"kind": "knn", "step": 2, "top1_k20": 91.0})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"kind": "tr')
-    records = [{"model": m, "evaluator": e, "metrics": {name: value}} for m, e, name, value in results]
+    records = [{"model": m, "evaluator": e, "metrics": metrics} for m, e, metrics in results]
     (folder / "evaluation").mkdir()
     (folder / "evaluation" / "step-00000007.json").write_text(json.dumps({"results": records}))
     return folder
 
 
 def test_one_table_over_runs_and_baselines(summary, tmp_path, capsys):
-    varcon = [("trained", "knn", "top1_k20", 98.9), ("trained", "linear-cached", "top1", 98.8)]
-    baselines = [("untrained", "knn", "top1_k20", 93.6), ("pixels", "knn", "top1_k20", 97.5)]
+    varcon = [
+        ("trained", "knn", {"top1_k20": 98.9, "top1_k200": 98.7}),
+        ("trained", "linear-cached", {"top1": 98.8, "top5": 100.0}),
+    ]
+    baselines = [("untrained", "knn", {"top1_k20": 93.6}), ("pixels", "knn", {"top1_k20": 97.5})]
     first = make_run(tmp_path / "a", "digits-varcon", varcon + baselines)
-    second = make_run(tmp_path / "b", "digits-vssl", [("trained", "knn", "top1_k20", 96.1)])
+    second = make_run(tmp_path / "b", "digits-vssl", [("trained", "knn", {"top1_k20": 96.1})])
     assert summary.main([str(first), str(second)]) == 0
     out = capsys.readouterr().out
     rows = [line.split() for line in out.splitlines()]
     assert rows[3:7] == [
-        ["raw", "pixels,", "32x32", "97.50", "-"],
-        ["untrained", "resnet18,", "32x32", "93.60", "-"],
-        ["varcon", "resnet18,", "32x32", "98.90", "98.80"],
-        ["vssl", "resnet18,", "32x32", "96.10", "-"],
+        ["raw", "pixels,", "32x32", "97.50", "-", "-"],
+        ["untrained", "resnet18,", "32x32", "93.60", "-", "-"],
+        ["varcon", "resnet18,", "32x32", "98.90", "98.70", "98.80"],
+        ["vssl", "resnet18,", "32x32", "96.10", "-", "-"],
     ]
     assert str(first / "checkpoints" / "step-00000007") in out
     assert (first / "plots" / "training.png").read_bytes().startswith(b"\x89PNG")

@@ -67,7 +67,7 @@ def _memory(config: Config, sizes: BatchSizes, stage: int, learner) -> str:
         "parameters": 4 * count / (ranks if stage >= 3 else 1),
         "gradients": 4 * count / (ranks if stage >= 2 else 1),
         "optimizer": 4 * count * (STATES[config.optimizer.name] + (stage >= 1)) / (ranks if stage >= 1 else 1),
-        "teacher": 4 * teacher,
+        "teacher": 4 * teacher / (ranks if stage >= 3 else 1),
         "activations": activations,
         "views": 3 * 4 * pixels,
     }
