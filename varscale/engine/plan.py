@@ -10,7 +10,7 @@ from varscale.data.dataset import read_dataset_info
 from varscale.data.sampling import steps_per_epoch
 from varscale.errors import UserError
 
-GIB = 2**30
+GIB, MIB = 2**30, 2**20
 STATES = {"sgd": 1, "lars": 1, "adamw": 2}  # float32 tensors an optimizer keeps per parameter
 PROBE = 2  # images whose activations are counted
 
@@ -31,6 +31,8 @@ def describe(config: Config, sizes: BatchSizes, deepspeed: dict) -> str:
         "parameters": _parameters(learner.network),
         "memory per rank (estimate)": _memory(config, sizes, zero_stage(deepspeed), learner),
     }
+    if sizes.world_size > 1 and (config.data.dir / "dataset.json").is_file():
+        sections["messages per rank and step"] = _messages(config, sizes, deepspeed, learner)
     return "\n\n".join(f"== {title} ==\n{text.rstrip()}" for title, text in sections.items())
 
 
@@ -73,6 +75,15 @@ def _memory(config: Config, sizes: BatchSizes, stage: int, learner) -> str:
     }
     lines = [f"{name:<12} {size / GIB:8.3f} GiB" for name, size in parts.items() if size]
     return "\n".join([*lines, f"{'sum':<12} {sum(parts.values()) / GIB:8.3f} GiB"])
+
+
+def _messages(config: Config, sizes: BatchSizes, deepspeed: dict, learner) -> str:
+    from varscale.engine.traffic import step_traffic
+
+    messages = step_traffic(config, sizes, deepspeed, learner, read_dataset_info(config.data.dir).num_classes)
+    lines = [f"{m.purpose:<16} {m.collective:<22} {m.bytes / MIB:10.3f} MiB" for m in messages]
+    sent = sum(message.sent(sizes.world_size) for message in messages)
+    return "\n".join([*lines, f"a rank sends {sent / MIB:.3f} MiB where collectives run as rings"])
 
 
 def _activation_bytes(config: Config, learner) -> float:

@@ -1,6 +1,7 @@
 """What a person sees of a run: the progress bar, metrics.jsonl and the trackers; only rank 0 speaks."""
 
 import json
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -65,7 +66,11 @@ class Telemetry:
         write_manifest(config, deepspeed, data_digest, world_size=ranks.world_size, device=ranks.device_name)
         self.metrics = _open_metrics(run / "metrics.jsonl", state.step)
         self.trackers = [_start_tracker(name, run, config) for name in config.logging.trackers]
-        self.bar = tqdm(total=total_steps, initial=state.step, unit="step", dynamic_ncols=True, smoothing=0.1)
+        # In a log file every redrawn bar is one more line.
+        interval = 0.1 if sys.stderr.isatty() else 30
+        self.bar = tqdm(
+            total=total_steps, initial=state.step, unit="step", dynamic_ncols=True, smoothing=0.1, mininterval=interval
+        )
 
     def __enter__(self) -> Self:
         return self

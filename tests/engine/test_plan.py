@@ -1,0 +1,38 @@
+"""What --dry-run prints of memory and messages follows the ZeRO stage and the number of ranks."""
+
+import pytest
+
+from varscale.config import load_config, resolve_batch, resolve_deepspeed
+from varscale.engine.plan import describe
+
+
+def table(section):
+    return {line.split()[0]: line.split()[1:] for line in section.splitlines()[1:] if line}
+
+
+@pytest.fixture
+def plan(digits):
+    def lines(zero, world_size):
+        config = load_config("digits-vssl", [f"data.dir={digits}", "data.image_size=16", f"deepspeed.config={zero}"])
+        sizes = resolve_batch(config.batch, world_size)
+        text = describe(config, sizes, resolve_deepspeed(config, sizes))
+        _, memory, messages = f"{text}\n\n== messages".split("\n\n== m", maxsplit=3)[:3]
+        return table(memory), table(messages)
+
+    return lines
+
+
+def test_partitioned_memory_is_a_share(plan):
+    (whole, _), (shared, _) = plan("zero0", 4), plan("zero3", 4)
+    for name in ("parameters", "gradients", "teacher"):
+        assert float(shared[name][0]) == pytest.approx(float(whole[name][0]) / 4, abs=1e-3)
+
+
+def test_messages_are_listed_for_several_ranks(plan):
+    (_, alone), (_, stage_0), (_, stage_3) = plan("zero0", 1), plan("zero0", 4), plan("zero3", 4)
+    assert not alone
+    assert stage_0["gradients"][0] == "all_reduce"
+    assert stage_3["gradients"][0] == "reduce_scatter_tensor"
+    assert stage_3["teacher"][0] == "all_gather_into_tensor"
+    # A ring all-reduce sends 2 x 3/4 of the gradients, reduce-scatter and two gatherings 3/4 each of nearly as much.
+    assert float(stage_3["a"][2]) == pytest.approx(1.5 * float(stage_0["a"][2]), rel=0.02)
