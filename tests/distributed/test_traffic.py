@@ -21,6 +21,11 @@ MORE = {
     "vssl micro-batches, zero2": ("digits-vssl", ["deepspeed.config=zero2", TWO], CLASSES),
     "vssl micro-batches, zero3": ("digits-vssl", ["deepspeed.config=zero3", TWO], CLASSES),
     "varcon exact, zero2": ("digits-varcon", ["deepspeed.config=zero2", TWO], CLASSES),
+    "vssl lars, zero2": (
+        "digits-vssl",
+        ["deepspeed.config=zero2", "optimizer.name=lars", "optimizer.exclude_bias_and_norm=true"],
+        CLASSES,
+    ),
     "varcon micro, zero0": ("digits-varcon", ["objective.centroids=micro", TWO], CLASSES),
 }
 

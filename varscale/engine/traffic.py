@@ -98,9 +98,12 @@ def step_traffic(
     trained = [p for p in learner.network.parameters() if p.requires_grad]
     teacher = [p for module in learner.companions().values() for p in module.parameters()]
     first_passes = micro if _has_first_pass(config, sizes) else 0
+    groups = _parameter_groups(config, learner)
+    adapted = sum(group.get("adapt", False) for group in groups)
     messages = [
         *_parameter_messages(stage, micro, first_passes, trained, teacher, deepspeed),
-        Message("gradient norm", "all_reduce", {0: 0, 1: 4, 2: 4, 3: 8}[stage] * _groups(config, learner)),
+        Message("gradient norm", "all_reduce", {0: 0, 1: 4, 2: 4, 3: 8}[stage] * len(groups)),
+        Message("LARS norms", "all_reduce", 8 * adapted if stage else 0),
         *_batch_norm_messages(micro, first_passes, learner),
     ]
     if isinstance(config.objective, VarConConfig):
@@ -148,10 +151,10 @@ def _has_first_pass(config: Config, sizes: BatchSizes) -> bool:
     return exact and sizes.gradient_accumulation_steps > 1
 
 
-def _groups(config: Config, learner: Learner) -> int:
-    """Parameter groups of the optimizer; ZeRO takes the norm of the gradient group by group."""
+def _parameter_groups(config: Config, learner: Learner) -> list[dict]:
+    """The optimizer's: ZeRO takes the norm of the gradient group by group, and LARS adapts one parameter a group."""
     options = config.optimizer.model_dump(exclude={"clip_grad_norm"})
-    return len(build_optimizer(learner.network.named_parameters(), **options).param_groups)
+    return build_optimizer(learner.network.named_parameters(), **options).param_groups
 
 
 def _size(parameters: Iterable[Tensor]) -> int:
