@@ -60,7 +60,8 @@ def varcon_alone(train):
 # Without batch norm and its kinks, one process and several agree to rounding. A ResNet's first gradients are so badly
 # conditioned (all embeddings point the same way) that float32 rounding alone moves them by a percent.
 VIT = ("encoder.name=vit_s", "encoder.stem=null", "encoder.patch_size=8", "optimizer.lr=0.02")
-LARS = (*VIT, "optimizer.name=lars", "optimizer.lr=0.5")
+# A ViT's class tokens are all but equal at the start, and normalising their latents would enlarge rounding.
+VSSL = (*VIT, "optimizer.name=lars", "optimizer.lr=0.5", "objective.normalise_latents=false")
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +76,7 @@ def vit_pair(train):
 
 @pytest.fixture(scope="module")
 def vssl_alone(train):
-    return train("digits-vssl", "vssl-alone", *LARS)
+    return train("digits-vssl", "vssl-alone", *VSSL)
 
 
 def test_a_run_leaves_what_a_person_looks_for(varcon_alone):
@@ -135,13 +136,13 @@ def test_resuming_from_the_middle_gives_the_same_end(train, varcon_alone, vit_pa
 def test_vssl_under_zero_3_on_two_ranks_resumes_on_one_under_zero_0(train, vssl_alone):
     # The projector's batch norm divides by the small differences between class tokens and so enlarges rounding: losses
     # agree to 1e-9 at first and to a few 1e-3 later. A lost momentum or teacher shows at once.
-    pair = train("digits-vssl", "vssl-pair", *LARS, *KEEP, "deepspeed.config=zero3", launcher="deepspeed")
+    pair = train("digits-vssl", "vssl-pair", *VSSL, *KEEP, "deepspeed.config=zero3", launcher="deepspeed")
     assert {"cosine", "logvar_mean", "logvar_min", "logvar_max", "spread"} <= metrics(pair)[0].keys()
     assert losses(pair)[:2] == pytest.approx(losses(vssl_alone)[:2], rel=1e-6)
     assert losses(pair) == pytest.approx(losses(vssl_alone), rel=1e-2)
 
     middle = pair / "checkpoints" / "step-00000006"
-    alone = train("digits-vssl", "vssl-elastic", *LARS, resume=("--resume", str(middle)))
+    alone = train("digits-vssl", "vssl-elastic", *VSSL, resume=("--resume", str(middle)))
     assert [line["step"] for line in metrics(alone)] == [7, 8, 9, 10]
     assert losses(alone)[0] == pytest.approx(losses(pair)[6], rel=1e-4)
     assert losses(alone) == pytest.approx(losses(pair)[6:], rel=1e-2)

@@ -37,13 +37,19 @@ COMMON = [
     "online_knn.every_epochs=0",
 ]
 VIT = ["encoder.name=vit_s", "encoder.stem=null", "encoder.patch_size=8"]
-SGD = ["optimizer.name=sgd", "optimizer.lr=0.02", "data.augmentation=byol"]
+VSSL = [
+    "optimizer.name=sgd",
+    "optimizer.lr=0.02",
+    "data.augmentation=byol",
+    "objective.teacher_momentum=0.97",
+    "objective.normalise_latents=false",  # it would enlarge the rounding of class tokens that are all but equal
+]
 KINDS = {
     "varcon-resnet": ("digits-varcon", ["optimizer.lr=0.01"]),
     "varcon-vit": ("digits-varcon", [*VIT, "optimizer.lr=0.01"]),
     "varcon-vit-bfloat16": ("digits-varcon", [*VIT, "optimizer.lr=0.01", "compute.precision=bfloat16"]),
-    "vssl-resnet": ("digits-vssl", SGD),
-    "vssl-vit": ("digits-vssl", [*VIT, *SGD]),
+    "vssl-resnet": ("digits-vssl", VSSL),
+    "vssl-vit": ("digits-vssl", [*VIT, *VSSL]),
 }
 ZERO = ["zero1", "zero2", "zero3", "zero3_offload"]
 MICRO_BATCHES = (2, 4)
