@@ -141,9 +141,10 @@ def world(request, runs) -> str:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_number_of_ranks_changes_nothing_but_rounding(runs, bound, world, kind):
     assert distance(runs.parameters(world, kind), runs.parameters("reference", kind)) < bound(kind)
-    for ours, theirs in zip(runs.metrics(world, kind), runs.metrics("reference", kind), strict=True):
-        assert ours["lr"] == theirs["lr"]
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-2)
+    ours, theirs = runs.metrics(world, kind), runs.metrics("reference", kind)
+    assert [line["lr"] for line in ours] == [line["lr"] for line in theirs]
+    # The first step, from the same parameters: batch, views, batch norm, class statistics and loss.
+    assert ours[0]["loss"] == pytest.approx(theirs[0]["loss"], rel=5e-4 if "bfloat16" in kind else 1e-6)
 
 
 @pytest.fixture(scope="module")
