@@ -125,7 +125,8 @@ def test_it_runs_as_a_file_without_deepspeed_and_hides_no_package(run, repositor
         f"sys.path[0] = {str(script.parent)!r}\n"
         "try:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
         "finally:\n    import importlib.util as u\n"
-        "    print('hidden:', [n for n in ('evaluate', 'data', 'models', 'config', 'export') if u.find_spec(n)])\n"
+        "    found = map(u.find_spec, ('evaluate', 'data', 'models', 'config', 'export'))\n"
+        "    print('hidden:', [s for s in found if s and s.origin])\n"  # a mere folder has no origin and hides nothing
     )
     done = subprocess.run(
         [sys.executable, "-c", check],

@@ -55,7 +55,7 @@ MISTAKES = [
     ("digits-varcon", ["encoder.patch_size=4"], "encoder.patch_size: resnet18 has no patches"),
     ("digits-varcon", ["encoder.stem=null"], "encoder.stem: resnet18 needs one"),
     ("digits-varcon", ["objective.detach_centroids=false"], "choose objective.centroids=micro"),
-    ("digits-varcon", ["schedule.warmup_epochs=8"], "smaller than schedule.epochs"),
+    ("digits-varcon", ["schedule.epochs=8", "schedule.warmup_epochs=8"], "smaller than schedule.epochs"),
     ("digits-varcon", ["schedule.milestones=[3]"], "belongs to schedule.kind=steps"),
     ("digits-varcon", ["schedule.kind=steps"], "schedule.milestones: schedule.kind=steps needs"),
     ("digits-varcon", ["schedule.epochs=many"], "schedule.epochs is 'many'"),

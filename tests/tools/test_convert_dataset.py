@@ -155,7 +155,9 @@ def running(tmp_path):
     """A conversion of some seconds, by two worker processes, in the middle of its work."""
     source = image_folder(tmp_path / "in", 3000)
     command = [sys.executable, str(TOOL), source, str(tmp_path / "new" / "out"), "--workers", "2"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+    # Tests that a shell runs in the background inherit that Ctrl-C is ignored.
+    options = {"start_new_session": True, "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **options) as process:
         deadline = time.monotonic() + 60
         while not any(path.stat().st_size > 2**22 for path in tmp_path.glob("new/.out.*.partial/train.beton")):
             assert process.poll() is None, process.stderr.read()
