@@ -36,3 +36,10 @@ def test_messages_are_listed_for_several_ranks(plan):
     assert stage_3["teacher"][0] == "all_gather_into_tensor"
     # A ring all-reduce sends 2 x 3/4 of the gradients, reduce-scatter and two gatherings 3/4 each of nearly as much.
     assert float(stage_3["a"][2]) == pytest.approx(1.5 * float(stage_0["a"][2]), rel=0.02)
+
+
+def test_a_json_of_ones_own_may_leave_the_threshold_to_deepspeed(plan, tmp_path):
+    (tmp_path / "own.json").write_text('{"train_batch_size": "auto", "zero_optimization": {"stage": 3}}')
+    _, messages = plan(tmp_path / "own.json", 4)
+    _, ours = plan("zero3", 4)
+    assert messages == ours

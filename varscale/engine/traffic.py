@@ -121,7 +121,7 @@ def _parameter_messages(
     """Gradients, and parameters where they are partitioned."""
     whole = _size(trained)
     if stage == 3:
-        threshold = deepspeed["zero_optimization"]["stage3_param_persistence_threshold"]
+        threshold = deepspeed["zero_optimization"].get("stage3_param_persistence_threshold", 100_000)  # DeepSpeed's own
         kept = _size([p for p in trained if p.numel() <= threshold])  # whole on every rank, gathered once a step
         gathered = (micro + 2 * first_passes) * (whole - kept) + kept
         return [

@@ -15,9 +15,9 @@ class MomentumTeacher(nn.Module):
     """A copy of the student's encoder, projector and Gaussian head that follows the student by `update`.
 
     Build it from the whole student, before any parameter is partitioned; then ZeRO stage 3 may partition both, and
-    `update` moves every rank's own part. As in BYOL the teacher's batch normalisation
-    uses the statistics of its own batch (train mode); unlike there, its forward leaves the running statistics
-    alone, since `update` overwrites them with the student's.
+    `update` moves every rank's own part. As in BYOL the teacher's batch normalisation uses the statistics of its own
+    batch (train mode); unlike there, its forward leaves the running statistics alone, since `update` overwrites them
+    with the student's.
     """
 
     def __init__(self, student: VSSLNetwork):
