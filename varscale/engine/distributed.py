@@ -75,6 +75,8 @@ def announce_failure(ranks: Ranks, reason: str) -> None:
 
 def announced_failure() -> str | None:
     """Why another rank ended, where it left word and the store still stands; None otherwise."""
+    if dist.get_world_size() == 1:
+        return None
     with suppress(RuntimeError, ValueError):
         store = _get_default_store()
         store.wait([FAILURE], timedelta(seconds=2))
