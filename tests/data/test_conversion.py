@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from varscale.data import images
+from varscale.data import images, libffcv
 from varscale.data.beton import ALLOCATION, FIELD, HEADER, MODE_JPEG, MODE_RAW, SAMPLE, check_beton
 from varscale.data.conversion import UndecodableFiles, channel_statistics, convert, estimated_bytes
 from varscale.data.dataset import read_dataset_info
@@ -22,7 +22,7 @@ from varscale.data.sources import ArraySplit, Source, open_source
 from varscale.errors import UserError
 
 RNG = np.random.default_rng(0)
-HAS_FFCV = images._ffcv_imdecode() is not None
+HAS_FFCV = libffcv.imdecode() is not None
 
 
 def picture(height=40, width=60, channels=3):

@@ -1,6 +1,8 @@
 """Crops: their distribution against torchvision's, their pixels against torchvision's on the same decoded image."""
 
 import io
+import subprocess
+import sys
 
 import numba
 import numpy as np
@@ -137,3 +139,16 @@ def test_jpeg_size_reads_the_frame_header(progressive):
 def test_senseless_crops_are_refused(arguments):
     with pytest.raises(ValueError):
         CropSpec(**arguments)
+
+
+def test_machine_code_is_kept_between_processes():
+    code = (
+        "import numpy as np\n"
+        "from varscale.data.decoding import RECORD, VIEW, decode_views\n"
+        "no = np.empty(0, np.int64)\n"
+        "views, images = np.zeros(1, VIEW), np.empty((0, 1, 8, 8, 3), np.uint8)\n"
+        "decode_views(-1, np.zeros(0, RECORD), no, views, np.uint64(0), np.uint64(0), images)\n"
+        "print(sum(decode_views.stats.cache_hits.values()))\n"
+    )
+    hits = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout for _ in range(2)]
+    assert hits[1] == "1\n"

@@ -101,15 +101,15 @@ class BetonWriter:
 
 @dataclass(frozen=True)
 class BetonSummary:
-    """What a .beton holds, read from its metadata: heights, widths and sizes in bytes are (N,), in sample order."""
+    """What a .beton holds, read from its metadata: arrays are (N,), in sample order."""
 
     num_samples: int
     labels: np.ndarray | None  # (N,) int64
     heights: np.ndarray
     widths: np.ndarray
+    is_jpeg: np.ndarray
+    offsets: np.ndarray  # where an image's bytes begin in the file
     num_bytes: np.ndarray
-    num_jpeg: int
-    num_raw: int
     page_size: int
 
 
@@ -176,15 +176,14 @@ def _check(reader: _Reader, num_classes: int | None, require_labels: bool) -> Be
     if fields.get("label") == INT_ID:
         labels = samples["label"].astype(np.int64)
         _check_labels(reader, labels, num_classes)
-    num_raw = int(np.count_nonzero(samples["image"]["mode"] == MODE_RAW))
     return BetonSummary(
         num_samples=len(samples),
         labels=labels,
         heights=samples["image"]["height"].copy(),
         widths=samples["image"]["width"].copy(),
+        is_jpeg=samples["image"]["mode"] == MODE_JPEG,
+        offsets=samples["image"]["pointer"].copy(),
         num_bytes=sizes,
-        num_jpeg=len(samples) - num_raw,
-        num_raw=num_raw,
         page_size=int(header["page_size"]),
     )
 

@@ -1,27 +1,26 @@
-"""The compiled path from bytes in a .beton to views: each image is read and decoded once by FFCV, then cropped V times.
+"""The compiled path from bytes in a .beton to views: each image is decoded once, by FFCV's decoder, then cut V times.
 
 Crops follow torchvision's RandomResizedCrop and RandomHorizontalFlip, with counter-based random numbers; seed and epoch
-are arguments of the compiled code, which freezes Python's values when it is compiled. Importing this imports FFCV.
+are arguments of the compiled code, which freezes Python's values when it is compiled.
 """
 
+import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import exp, log, sqrt
 from typing import Literal
 
+import llvmlite.binding
 import numpy as np
-import torch
-from numba import njit
+from numba import types
 
+from varscale.data import libffcv
+from varscale.data.compiled import compiled
 from varscale.data.randomness import GEOMETRIC_DRAWS, stream, uniform
 from varscale.data.resampling import resample
 
-# Importing ffcv leaves torch with a single thread: all that the loader needs of it is imported here, and only here.
-_torch_threads = torch.get_num_threads()
-from ffcv import libffcv  # noqa: E402
-from ffcv.reader import Reader as Reader  # noqa: E402
-
-torch.set_num_threads(_torch_threads)
+if libffcv.imdecode() is None:
+    raise ImportError("FFCV's decoder is missing: FFCV is not installed, or was built for other system libraries")
 
 CROP_ATTEMPTS = 10  # as torchvision's RandomResizedCrop
 
@@ -47,9 +46,14 @@ FAILURES = {
     DAMAGED: "its JPEG data are damaged",
 }
 
-_compiled = njit(nogil=True, error_model="numpy")
-_read = _compiled(libffcv.read)
-_decode_jpeg = _compiled(libffcv.imdecode)
+# By name, not by address: code that holds an address could not be kept on disk.
+llvmlite.binding.add_symbol("ffcv_imdecode", ctypes.cast(libffcv.imdecode(), ctypes.c_void_p).value)
+_size, _flag = types.uint32, types.boolean
+_decode_jpeg = types.ExternalFunction(
+    "ffcv_imdecode",
+    types.int32(types.uintp, types.uint64, _size, _size, types.uintp, *[_size] * 6, _flag, _flag),
+)
+_pread = types.ExternalFunction("pread", types.intp(types.int32, types.uintp, types.uintp, types.int64))
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,7 @@ def view_table(crops: Sequence[CropSpec]) -> np.ndarray:
     return table
 
 
-@_compiled
+@compiled
 def decode_views(file, records, indices, views, seed, epoch, images):
     """Reads and decodes samples, each once, and cuts their views; touches no Python object, holds no lock.
 
@@ -129,7 +133,7 @@ def decode_views(file, records, indices, views, seed, epoch, images):
     return -1, DECODED
 
 
-@_compiled
+@compiled
 def _load(file, record, compressed, image):
     if not record.is_jpeg:
         return DECODED if _read_fully(file, record.offset, image.reshape(-1)) else FILE_TOO_SHORT
@@ -141,21 +145,24 @@ def _load(file, record, compressed, image):
         return OTHER_SIZE
     height, width = record.height, record.width
     # Warnings count as failures: they are how TurboJPEG tells of missing data, which it fills with grey.
-    return DAMAGED if _decode_jpeg(jpeg, image, height, width, height, width, 0, 0, 1, 1, False, False) else DECODED
+    jpeg_at, image_at = jpeg.ctypes.data, image.ctypes.data
+    status = _decode_jpeg(jpeg_at, jpeg.size, height, width, image_at, height, width, 0, 0, 1, 1, False, False)
+    return DECODED if status == 0 else DAMAGED
 
 
-@_compiled
+@compiled
 def _read_fully(file, offset, destination):
     done = 0
     while done < destination.size:
-        count = _read(file, destination[done:], offset + np.uint64(done))
+        left = destination[done:]
+        count = _pread(file, left.ctypes.data, left.size, offset + np.uint64(done))
         if count <= 0:
             return False
         done += count
     return True
 
 
-@_compiled
+@compiled
 def jpeg_size(jpeg):
     """(height, width) from a JPEG's frame header (ITU-T T.81, B.2.2); (0, 0) where none is found."""
     at = 2
@@ -171,7 +178,7 @@ def jpeg_size(jpeg):
     return 0, 0
 
 
-@_compiled
+@compiled
 def crop_geometry(height, width, size, view, key):
     """Where a view lies in its image. view: VIEW record. key: uint64, the view's random stream.
 
@@ -185,7 +192,7 @@ def crop_geometry(height, width, size, view, key):
     return (top, crop_height, size, 0), (left, crop_width, size, 0), flip
 
 
-@_compiled
+@compiled
 def _random_crop(height, width, view, key):
     """torchvision's RandomResizedCrop.get_params: attempts at a random box, then the largest central one."""
     draw = GEOMETRIC_DRAWS + 1
@@ -210,7 +217,7 @@ def _random_crop(height, width, view, key):
     return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
 
 
-@_compiled
+@compiled
 def _evaluation_crop(height, width, size):
     """Resize the shorter side, cut the centre: torchvision's Resize and CenterCrop without the pixels in between."""
     shorter = min(height, width)

@@ -1,8 +1,5 @@
 """Turns an image file or an array into the bytes that a .beton stores: an upright RGB image, raw or as a JPEG."""
 
-import ctypes
-import functools
-import importlib.util
 import io
 import warnings
 from collections.abc import Sequence
@@ -13,6 +10,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from varscale.data import libffcv
 from varscale.data.beton import LARGEST_PAGE, MAX_SIDE, MODE_JPEG, MODE_RAW
 from varscale.errors import UserError
 
@@ -182,28 +180,11 @@ def _decode_as_loader(data: bytes, image: Image.Image) -> Image.Image | None:
     TurboJPEG complains of files that Pillow still reads (wrong codes, bytes between markers): kept as they are, they
     would stop a training run later. Where FFCV is not installed, Pillow decodes, and raises for truncated files.
     """
-    imdecode = _ffcv_imdecode()
-    if imdecode is None:
+    decode = libffcv.imdecode()
+    if decode is None:
         image.load()
         return image
     width, height = image.size
     pixels = np.empty((height, width, 3), np.uint8)
-    status = imdecode(data, len(data), height, width, pixels.ctypes.data, height, width, 0, 0, 1, 1, False, False)
+    status = decode(data, len(data), height, width, pixels.ctypes.data, height, width, 0, 0, 1, 1, False, False)
     return Image.fromarray(pixels) if status == 0 else None
-
-
-@functools.cache
-def _ffcv_imdecode() -> ctypes._CFuncPtr | None:
-    """FFCV's compiled JPEG decoder, or None; without importing the package, which costs every worker seconds."""
-    spec = importlib.util.find_spec("ffcv")
-    folders = spec.submodule_search_locations if spec is not None else None
-    for library in [file for folder in folders or [] for file in Path(folder).glob("_libffcv*.so")]:
-        try:
-            imdecode = ctypes.CDLL(str(library)).imdecode
-        except OSError:  # built for a machine with other system libraries
-            continue
-        size, flag = ctypes.c_uint32, ctypes.c_bool
-        imdecode.argtypes = [ctypes.c_char_p, ctypes.c_uint64, size, size, ctypes.c_void_p, *[size] * 6, flag, flag]
-        imdecode.restype = ctypes.c_int
-        return imdecode
-    return None

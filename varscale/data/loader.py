@@ -3,7 +3,7 @@
 `ffcv.loader.Loader` itself is not used. Its thread swallows exceptions, so that the consumer waits for ever; its
 buffers are reused, so that batches change under the consumer; its threads outlive an early stop; it sets torch's number
 of threads; its memory maps end the process where a file was cut short, and its page cache holds the whole file when the
-order is truly random. What it stands on is used: the format, the reader, the compiled read and imdecode.
+order is truly random. What it stands on is used: the format and the compiled imdecode.
 
 A batch is cut into chunks, and worker threads decode them outside Python's lock. The chunks' futures carry an exception
 to the consumer. Memory: `batches_ahead` batches of views besides those that the consumer holds, and for every worker
@@ -22,8 +22,8 @@ from typing import NamedTuple, Self
 import numpy as np
 import torch
 
-from varscale.data.beton import MODE_JPEG, BetonSummary, check_beton
-from varscale.data.decoding import DECODED, FAILURES, RECORD, CropSpec, Reader, decode_views, view_table
+from varscale.data.beton import BetonSummary, check_beton
+from varscale.data.decoding import DECODED, FAILURES, RECORD, CropSpec, decode_views, view_table
 from varscale.data.randomness import as_uint64
 
 CHUNKS_PER_WORKER = 4  # small enough that workers finish a batch together, large enough that Python does not show
@@ -82,7 +82,7 @@ class ViewLoader:
         self.beton, self.workers, self.batches_ahead, self.os_cache = Path(beton), workers, batches_ahead, os_cache
         summary = check_beton(self.beton, num_classes=None, require_labels=False)
         self.identity = _identity(os.stat(self.beton))
-        self.records = _read_records(self.beton, summary)
+        self.records = _records(summary)
         self.labels = np.full(summary.num_samples, -1, np.int64) if summary.labels is None else summary.labels
         self.views = view_table(crops)
         self.seed = as_uint64(seed)[0]
@@ -231,12 +231,10 @@ def _identity(status: os.stat_result) -> tuple[int, int, int, int]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _read_records(beton: Path, summary: BetonSummary) -> np.ndarray:
+def _records(summary: BetonSummary) -> np.ndarray:
     """Where every image lies: (N,) RECORD."""
-    reader = Reader(str(beton))
-    images = reader.metadata[f"f{reader.field_names.index('image')}"]
     records = np.zeros(summary.num_samples, RECORD)
-    records["offset"], records["size"] = images["data_ptr"], summary.num_bytes
-    records["height"], records["width"] = images["height"], images["width"]
-    records["is_jpeg"] = images["mode"] == MODE_JPEG
+    records["offset"], records["size"] = summary.offsets, summary.num_bytes
+    records["height"], records["width"] = summary.heights, summary.widths
+    records["is_jpeg"] = summary.is_jpeg
     return records

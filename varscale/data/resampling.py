@@ -6,25 +6,16 @@ by the scale when shrinking, with weights in 16-bit fixed point; rows and column
 between.
 """
 
-from collections.abc import Callable
 from math import ceil
 
 import numpy as np
-from numba import njit
+
+from varscale.data.compiled import compiled
 
 _ONE, _TWO, _THREE = np.uint64(1), np.uint64(2), np.uint64(3)
-_OPTIONS = {"nogil": True, "error_model": "numpy"}
 
 
-def _compiled(function: Callable) -> Callable:
-    """Compile, and keep the machine code on disk where numba finds a place that it may write to."""
-    try:
-        return njit(cache=True, **_OPTIONS)(function)
-    except RuntimeError:
-        return njit(**_OPTIONS)(function)
-
-
-@_compiled
+@compiled
 def resample(source, rows, columns, flip, bicubic, destination):
     """Resize a crop of `source` into `destination`.
 
@@ -50,7 +41,7 @@ def resample(source, rows, columns, flip, bicubic, destination):
         _rows_first(box, row_weights, column_weights, flip, output)
 
 
-@_compiled
+@compiled
 def _rows_first(box, row_weights, column_weights, flip, output):
     sums = np.empty(box.shape[1], np.int32)
     line = np.empty(box.shape[1], np.uint8)
@@ -59,7 +50,7 @@ def _rows_first(box, row_weights, column_weights, flip, output):
         _horizontal(line, column_weights, flip, output[row])
 
 
-@_compiled
+@compiled
 def _columns_first(box, row_weights, column_weights, flip, output):
     sums = np.empty(output.shape[1], np.int32)
     starts, counts = row_weights[0], row_weights[1]
@@ -71,7 +62,7 @@ def _columns_first(box, row_weights, column_weights, flip, output):
         _vertical(narrowed, row_weights, row, sums, output[row])
 
 
-@_compiled
+@compiled
 def _axis_weights(length, resized, first, count, bicubic):
     """Weights of the output lines first ... first + count - 1 when `length` lines are resized to `resized`.
 
@@ -107,7 +98,7 @@ def _axis_weights(length, resized, first, count, bicubic):
     return starts, counts, weights, bits
 
 
-@_compiled
+@compiled
 def _cubic(distance):
     a = -0.5
     if distance < 1.0:
@@ -117,7 +108,7 @@ def _cubic(distance):
     return 0.0
 
 
-@_compiled
+@compiled
 def _vertical(box, weights, row, sums, line):
     """One output row over all columns. The loops run along contiguous memory in 32 bits so that they vectorise."""
     starts, counts, table, bits = weights
@@ -134,7 +125,7 @@ def _vertical(box, weights, row, sums, line):
         line[i] = _byte(sums[i] >> shift)
 
 
-@_compiled
+@compiled
 def _horizontal(line, weights, flip, output):
     """One row of pixels from `line`, in reverse order when flipped."""
     starts, counts, table, bits = weights
@@ -156,6 +147,6 @@ def _horizontal(line, weights, flip, output):
         output[to + _TWO] = _byte(blue >> shift)
 
 
-@_compiled
+@compiled
 def _byte(value):
     return np.uint8(min(max(value, np.int32(0)), np.int32(255)))
