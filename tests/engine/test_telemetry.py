@@ -30,34 +30,47 @@ def vssl(tmp_path):
     return config, build_learner(config, num_classes=10, total_steps=6, device=torch.device("cpu"))
 
 
-def terms(mean_std):
-    values = {"loss": 1.0, "kl": 0.4, "nll": 0.6, "cosine": 0.9, "mean_std": mean_std}
-    return [{name: torch.tensor(value) for name, value in values.items()}]
+def terms(spread):
+    """Of one micro-batch whose latent means have this spread."""
+    scalars = {"loss": 1.0, "kl": 0.4, "nll": 0.6, "cosine": 0.9, "direction_square": 1.0}
+    direction = torch.tensor([[(1 - spread**2) ** 0.5, 0.0]] * 2)
+    return [{name: torch.tensor(value) for name, value in scalars.items()} | {"direction": direction}]
 
 
 def test_the_meter_averages_and_starts_anew():
     meter = Meter()
     for value in (1.0, 2.0, 6.0):
-        meter.add({"loss": torch.tensor(value), "count": torch.tensor(3)})
+        meter.add([{"loss": torch.tensor(value + part), "count": torch.tensor(3)} for part in (-1, 1)])
     assert meter.read() == {"loss": 3.0, "count": 3.0}
-    meter.add({"loss": torch.tensor(5.0), "count": torch.tensor(1)})
+    meter.add([{"loss": torch.tensor(5.0), "count": torch.tensor(1)}])
     assert meter.read() == {"loss": 5.0, "count": 1.0}
+
+
+def test_the_meter_takes_extremes_and_the_last_step_of_vectors():
+    meter = Meter()
+    for values in ([1.0, 4.0], [-2.0, 3.0]):
+        meter.add([{"x_min": torch.tensor(v), "x_max": torch.tensor(v), "x": torch.tensor([v, 0.0])} for v in values])
+    found = meter.read()
+    assert (found["x_min"], found["x_max"], found["x"].tolist()) == (-2.0, 4.0, [0.5, 0.0])
+    meter.add([{"x_min": torch.tensor(7.0)}])
+    assert meter.read() == {"x_min": 7.0}
 
 
 def test_what_is_recorded_can_be_read_and_a_collapse_is_said_once_an_epoch(tmp_path, capsys):
     config, learner = vssl(tmp_path)
     state = TrainState()
-    healthy, collapsed = 1 / config.objective.latent_dim**0.5, 0.001
+    healthy, collapsed = 1.0, 0.05
     with Telemetry(config, {}, "digest", 6, state, ranks()) as telemetry:
-        for mean_std in (healthy, collapsed, collapsed, collapsed, healthy, collapsed):
+        for spread in (healthy, collapsed, collapsed, collapsed, healthy, collapsed):
             state.advance(64)
-            telemetry.step(learner, state, terms(mean_std), lr=0.1, gradient_norm=1.0)
+            telemetry.step(learner, state, terms(spread), lr=0.1, gradient_norm=1.0)
         telemetry.record("knn", state.step, {"top1_k20": 90.0})
     said = [line for line in capsys.readouterr().out.splitlines() if "collapsing" in line]
     assert [line.split(":")[1].strip() for line in said] == ["step 2", "step 4"]
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [line["step"] for line in lines if line["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
     assert lines[0]["spread"] == pytest.approx(1.0)
+    assert {"direction", "direction_square"}.isdisjoint(lines[0])
     assert list((tmp_path / "run" / "tensorboard").glob("events.*"))
 
 

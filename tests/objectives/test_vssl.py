@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributions import Normal, kl_divergence
 
-from varscale.objectives.vssl import Gaussian, soft_clamp, vssl_loss
+from varscale.objectives.vssl import Gaussian, soft_clamp, spread, vssl_loss
 
 DISTANCES = pytest.mark.parametrize("distance", ["cosine", "euclidean"])
 
@@ -155,7 +155,7 @@ def test_finite_for_any_input(distance, num_samples, width, seed, scale, logvar_
         loss, terms = vssl_loss(student, teacher, distance=distance, prior_weight=0.1)
         assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         assert loss.isfinite()
-        assert all(term.isfinite() for term in terms.values())
+        assert all(term.isfinite().all() for term in terms.values())
         assert all(gradient.isfinite().all() for gradient in gradients(loss, student))
 
 
@@ -194,12 +194,27 @@ def test_terms_tell_health_from_collapse():
     student = random_views(2, 4000, 64, seed=13)
     terms = vssl_loss(student, student)[1]
     logvar = soft_clamp(torch.stack([view.logvar for view in student]), -6, 2)
-    assert terms["mean_std"].item() == pytest.approx(1 / 8, rel=0.01)
+    assert spread(terms["direction"], terms["direction_square"]).item() == pytest.approx(1, rel=0.01)
     assert abs(terms["cosine"]) < 0.01
     assert [terms[f"logvar_{name}"] for name in ("mean", "min", "max")] == [logvar.mean(), logvar.min(), logvar.max()]
     # All samples alike, though the two views differ.
     collapsed = [Gaussian(view.mean[:1].expand(4000, -1), view.logvar) for view in student]
-    assert vssl_loss(collapsed, collapsed)[1]["mean_std"] < 1e-12
+    terms = vssl_loss(collapsed, collapsed)[1]
+    assert spread(terms["direction"], terms["direction_square"]) < 1e-7
+    # So are zeros, which have no direction at all.
+    zeros = [Gaussian(torch.zeros_like(view.mean), view.logvar) for view in student]
+    terms = vssl_loss(zeros, zeros)[1]
+    assert spread(terms["direction"], terms["direction_square"]) == 0
+
+
+def test_the_spread_is_the_deviation_of_the_normalised_mean_and_averages_over_parts():
+    views = random_views(2, 12, 5, seed=16)
+    normalised = torch.stack([F.normalize(view.mean) for view in views])
+    expected = (5 * normalised.var(dim=1, correction=0).mean()).sqrt()
+    parts = [[Gaussian(*(tensor[part] for tensor in view)) for view in views] for part in torch.arange(12).chunk(3)]
+    terms = [vssl_loss(part, part)[1] for part in parts]
+    means = [torch.stack([term[name] for term in terms]).mean(0) for name in ("direction", "direction_square")]
+    torch.testing.assert_close(spread(*means), expected)
 
 
 def test_low_precision_and_autocast_are_computed_in_float32():

@@ -15,7 +15,7 @@ from varscale.models.norm import frozen_running_statistics
 from varscale.models.teacher import MomentumTeacher
 from varscale.objectives.centroids import local_statistics
 from varscale.objectives.varcon import varcon_loss, varcon_loss_from_statistics
-from varscale.objectives.vssl import Gaussian, vssl_loss
+from varscale.objectives.vssl import Gaussian, spread, vssl_loss
 
 COLLAPSED = 0.2  # below this spread of the latent means, VSSL is warned about
 
@@ -44,13 +44,13 @@ class Learner(Protocol):
         """See all micro-batches of a step before the first one is learned from."""
 
     def loss(self, forward: Forward, batch: MicroBatch) -> tuple[Tensor, Terms]:
-        """The loss of one micro-batch and what to log of it: scalars that average over micro-batches and ranks."""
+        """The loss of one micro-batch and what to log of it, for `telemetry.Meter`."""
 
     def after_step(self, step: int) -> None:
         """Follow the parameters after optimizer step number `step` (counted from 1)."""
 
-    def derive(self, means: dict[str, float]) -> dict[str, float]:
-        """What is shown, from the averages of what `loss` gave."""
+    def derive(self, means: Terms) -> dict[str, float]:
+        """What is shown, from the averages over micro-batches, steps and ranks of what `loss` gave."""
 
     def warning(self, shown: dict[str, float]) -> str | None:
         """What a person should be told about these values, if anything."""
@@ -122,8 +122,8 @@ class VarConLearner:
     def after_step(self, step: int) -> None:
         pass
 
-    def derive(self, means: dict[str, float]) -> dict[str, float]:
-        shown = dict(means)
+    def derive(self, means: Terms) -> dict[str, float]:
+        shown = {name: mean.item() for name, mean in means.items()}
         offset, square = shown.pop("tau2_offset"), shown.pop("tau2_offset_square")
         variance = max(0.0, square - offset * offset)
         return shown | {"tau2": self.objective.temperature + offset, "tau2_std": variance**0.5}
@@ -180,9 +180,10 @@ class VSSLLearner:
         drop_whole_copies(self.teacher)
         self.teacher.update(self.network, momentum, part=local_part)
 
-    def derive(self, means: dict[str, float]) -> dict[str, float]:
-        # 1 for latent means spread evenly over the sphere, 0 for a collapsed network.
-        return means | {"spread": means["mean_std"] * self.objective.latent_dim**0.5}
+    def derive(self, means: Terms) -> dict[str, float]:
+        others = dict(means)
+        others["spread"] = spread(others.pop("direction"), others.pop("direction_square"))
+        return {name: mean.item() for name, mean in others.items()}
 
     def warning(self, shown: dict[str, float]) -> str | None:
         if shown["spread"] >= COLLAPSED:

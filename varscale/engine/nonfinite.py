@@ -28,13 +28,13 @@ def check_finite(
 
     Args:
         step: number of the optimizer step, counted from 1; it was not applied when the norm is not finite.
-        terms: of each micro-batch of this rank, scalars by name.
+        terms: of each micro-batch of this rank, by name.
         norm: global gradient norm.
 
     Raises:
         NonFiniteError: on every rank, after rank 0 has written nonfinite.json into the run's directory.
     """
-    values = torch.stack([value.detach().float() for part in terms for value in part.values()])
+    values = torch.cat([value.detach().flatten().float() for part in terms for value in part.values()])
     if not any_rank(not math.isfinite(norm) or not bool(values.isfinite().all()), ranks.device):
         return
     mine = {

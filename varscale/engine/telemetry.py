@@ -24,26 +24,43 @@ SHOWN = ("loss", "kl", "nll", "cosine", "lr", "images_per_second")  # on the pro
 
 
 class Meter:
-    """Running means of scalar tensors, kept on their device and read over all ranks at once."""
+    """What the terms of steps come to over micro-batches, steps and ranks; kept on their device until it is read.
+
+    Scalars are averaged over all steps since the last reading, those whose name ends in _min or _max are the least or
+    greatest. Vectors and matrices are averaged over the last step alone: what is derived from them, like a variance
+    from means, must belong to one state of the network.
+    """
 
     def __init__(self) -> None:
+        self._start_anew()
+
+    def _start_anew(self) -> None:
+        self.steps = 0
         self.sums: dict[str, Tensor] = {}
-        self.count = 0
+        self.latest: dict[str, Tensor] = {}
+        self.extremes: dict[str, Tensor] = {}  # of the negative value for _min
 
-    def add(self, terms: dict[str, Tensor]) -> None:
-        for name, value in terms.items():
-            value = value.detach().double()
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
-        self.count += 1
+    def add(self, step: Sequence[dict[str, Tensor]]) -> None:
+        """Take in a step: the terms of each of its micro-batches, equally many on every rank."""
+        self.steps += 1
+        for name in step[0]:
+            values = torch.stack([terms[name].detach().double() for terms in step])
+            if name.endswith(("_min", "_max")):
+                extreme = (values * _sign(name)).max()
+                self.extremes[name] = extreme.maximum(self.extremes.get(name, extreme))
+            elif values.ndim > 1:
+                self.latest[name] = values.mean(dim=0)
+            else:
+                self.sums[name] = self.sums.get(name, 0.0) + values.mean()
 
-    def read(self) -> dict[str, float]:
-        """The means over what was added on every rank since the last call. A collective."""
-        packed = torch.stack([*self.sums.values(), torch.full_like(next(iter(self.sums.values())), self.count)])
-        dist.all_reduce(packed)
-        *sums, count = packed.tolist()
-        names = list(self.sums)
-        self.sums, self.count = {}, 0
-        return {name: total / count for name, total in zip(names, sums, strict=True)}
+    def read(self) -> dict[str, Tensor]:
+        """What was added on every rank since the last call, in float64 on the CPU. A collective."""
+        means = {name: total / self.steps for name, total in self.sums.items()} | self.latest
+        shares = {name: mean / dist.get_world_size() for name, mean in means.items()}
+        found = _all_reduce(shares, dist.ReduceOp.SUM)
+        found |= {name: _sign(name) * value for name, value in _all_reduce(self.extremes, dist.ReduceOp.MAX).items()}
+        self._start_anew()
+        return found
 
 
 class Telemetry:
@@ -91,8 +108,7 @@ class Telemetry:
         gradient_norm: float,
     ) -> None:
         """Count a step; every so many, average the terms over micro-batches, steps and ranks and write them down."""
-        for part in terms:
-            self.meter.add(part)
+        self.meter.add(terms)
         if self.first:
             epoch = (state.step - 1) // self.steps_per_epoch + 1
             self.bar.set_description(f"epoch {epoch}/{self.config.schedule.epochs}", refresh=False)
@@ -135,6 +151,20 @@ class Telemetry:
         (then, seen), now = self.window, time.perf_counter()
         self.window = (now, state.samples_seen)
         return (state.samples_seen - seen) / (now - then)
+
+
+def _sign(name: str) -> int:
+    return -1 if name.endswith("_min") else 1
+
+
+def _all_reduce(tensors: dict[str, Tensor], operation: dist.ReduceOp) -> dict[str, Tensor]:
+    """The tensors reduced over all ranks in one collective, on the CPU."""
+    if not tensors:
+        return {}
+    packed = torch.cat([tensor.flatten() for tensor in tensors.values()])
+    dist.all_reduce(packed, operation)
+    parts = packed.cpu().split([tensor.numel() for tensor in tensors.values()])
+    return {name: part.view_as(tensor) for (name, tensor), part in zip(tensors.items(), parts, strict=True)}
 
 
 def _open_metrics(path: Path, step: int) -> TextIO:

@@ -51,10 +51,10 @@ def vssl_loss(
         logvar_bounds: lower and upper bound of `soft_clamp` on every logvar.
 
     Returns:
-        The loss, a scalar in float32 (float64 for float64 input), and its terms, detached scalars: `kl` and `nll`;
+        The loss, a scalar in float32 (float64 for float64 input), and its terms, detached: the scalars `kl` and `nll`;
         `prior` where it has a weight; `cosine` between the student's and teacher's means; `logvar_mean`, `logvar_min`,
-        `logvar_max` of the student, after the bounds; `mean_std`, the standard deviation over samples of the
-        student's normalised mean, averaged over dimensions: near 1/sqrt(d) in health, near 0 after collapse.
+        `logvar_max` of the student, after the bounds; and what `spread` needs: `direction` (V, d), each view's average
+        of the student's normalised mean, and `direction_square`, the average square of its norm.
 
     Raises:
         ValueError: an argument of another type, shape or range.
@@ -78,6 +78,18 @@ def vssl_loss(
             loss = loss + prior_weight * terms["prior"]
         terms |= _diagnostics(student, teacher)
     return loss, {name: term.detach() for name, term in terms.items()}
+
+
+def spread(direction: Tensor, direction_square: Tensor) -> Tensor:
+    """How far the latent means of a batch point apart: 1 where evenly over the sphere, 0 after a collapse to one point.
+
+    The standard deviation over samples of the normalised mean, sqrt(d) times its root mean square over dimensions and
+    views. Within each view, since a constant difference between views would hide that all samples are alike.
+
+    Args:
+        direction, direction_square: terms of `vssl_loss`, or their averages over the parts of a batch.
+    """
+    return (direction_square - direction.square().sum(dim=1).mean()).clamp(min=0).sqrt()
 
 
 def soft_clamp(values: Tensor, low: float, high: float) -> Tensor:
@@ -137,13 +149,14 @@ def _diagnostics(student: Sequence[Gaussian], teacher: Sequence[Gaussian]) -> di
     """The terms that show a collapse; see `vssl_loss`."""
     pairs = permutations(range(len(student)), 2)
     logvar = torch.stack([view.logvar for view in student])
+    directions = torch.stack([_normalised(view.mean) for view in student])
     return {
         "cosine": torch.stack([_cosine(student[a].mean, teacher[b].mean).mean() for a, b in pairs]).mean(),
         "logvar_mean": logvar.mean(),
         "logvar_min": logvar.min(),
         "logvar_max": logvar.max(),
-        # Within each view: a constant difference between views would hide that all samples are alike.
-        "mean_std": torch.stack([_normalised(view.mean).std(dim=0, correction=0).mean() for view in student]).mean(),
+        "direction": directions.mean(dim=1),
+        "direction_square": directions.square().sum(dim=2).mean(),
     }
 
 
