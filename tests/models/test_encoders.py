@@ -17,6 +17,7 @@ FEATURE_DIMS = {
     "resnet50": 2048,
     "resnet101": 2048,
     "resnet152": 2048,
+    "vit_ti": 192,
     "vit_s": 384,
     "vit_b": 768,
     "vit_l": 1024,
@@ -42,7 +43,7 @@ def test_features_have_feature_dim(name: str) -> None:
     assert encoder.eval()(images).shape == (2, encoder.feature_dim)
 
 
-@pytest.mark.parametrize("name", [name for name in ENCODERS if name != "vit_s"])
+@pytest.mark.parametrize("name", [name for name in ENCODERS if name not in ("vit_ti", "vit_s")])
 def test_keys_and_shapes_are_torchvisions_without_the_classifier(name: str) -> None:
     with torch.device("meta"):
         reference = TORCHVISION_VITS.get(name, getattr(torchvision.models, name, None))()
@@ -50,14 +51,17 @@ def test_keys_and_shapes_are_torchvisions_without_the_classifier(name: str) -> N
     assert {key: value.shape for key, value in on_meta(name).state_dict().items()} == expected
 
 
-def test_vit_s_is_deit_s() -> None:
-    encoder = on_meta("vit_s")
+@pytest.mark.parametrize(
+    ("name", "heads", "parameters"),  # parameters with DeiT's classifier of 1,000 classes
+    [("vit_ti", 3, 5_717_416), ("vit_s", 6, 22_050_664)],
+)
+def test_small_transformers_are_deits(name: str, heads: int, parameters: int) -> None:
+    encoder = on_meta(name)
     block = encoder.encoder.layers[11]
     assert len(encoder.encoder.layers) == 12
-    assert block.self_attention.num_heads == 6
-    assert block.mlp[0].out_features == 1536
-    # DeiT-S has 22.05 M parameters with its classifier of 1000 classes.
-    assert sum(p.numel() for p in encoder.parameters()) + 385 * 1000 == 22_050_664
+    assert block.self_attention.num_heads == heads
+    assert block.mlp[0].out_features == 4 * encoder.feature_dim
+    assert sum(p.numel() for p in encoder.parameters()) + (encoder.feature_dim + 1) * 1000 == parameters
 
 
 def test_torchvision_loads_a_resnet_strictly_and_agrees() -> None:

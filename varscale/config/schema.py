@@ -51,7 +51,9 @@ class DataConfig(Section):
 class EncoderConfig(Section):
     """The network that is trained and kept."""
 
-    name: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "vit_s", "vit_b", "vit_l"] = "resnet18"
+    name: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "vit_ti", "vit_s", "vit_b", "vit_l"] = (
+        "resnet18"
+    )
     stem: Literal["imagenet", "cifar"] | None = None
     patch_size: PositiveInt | None = None
     sync_batch_norm: bool = True

@@ -24,8 +24,9 @@ class _TransformerShape(NamedTuple):
     mlp_dim: int
 
 
-# S is DeiT's (arXiv 2012.12877), B and L are ViT's (arXiv 2010.11929).
+# Ti and S are DeiT's (arXiv 2012.12877), B and L are ViT's (arXiv 2010.11929).
 _VITS = {
+    "vit_ti": _TransformerShape(hidden_dim=192, num_layers=12, num_heads=3, mlp_dim=768),
     "vit_s": _TransformerShape(hidden_dim=384, num_layers=12, num_heads=6, mlp_dim=1536),
     "vit_b": _TransformerShape(hidden_dim=768, num_layers=12, num_heads=12, mlp_dim=3072),
     "vit_l": _TransformerShape(hidden_dim=1024, num_layers=24, num_heads=16, mlp_dim=4096),
