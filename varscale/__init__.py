@@ -4,7 +4,9 @@ import os
 
 __version__ = "0.1.0"
 
-# Let OpenMP's threads sleep while they wait, unless the user decided otherwise. By default they spin: beside the
-# loader's threads, a second rank or another user's job that takes the cores from those who have work, which can slow
-# a step on shared cores several times over; on idle cores sleeping may cost a little. Set it before torch is imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# How often OpenMP's threads look for work before they sleep, unless the user decided otherwise. At their default of
+# 300,000 times they take the cores from those who have work, such as the loader's threads, a second rank or another
+# user's job, which can make a step many times slower; sleeping at once makes every small operation wait for a wake-up.
+# torch's OpenMP is GNU's, which reads this when torch is imported.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "30000")
