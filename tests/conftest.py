@@ -1,11 +1,13 @@
 """Fixtures shared by all tests: where the repository lies, optional reference data, a small data set, real runs."""
 
+import importlib.util
 import os
 import socket
 import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -18,6 +20,19 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 @pytest.fixture(scope="session")
 def repository() -> Path:
     return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def tool():
+    """Import a script of tools/ by its name, as a module."""
+
+    def load(name: str) -> ModuleType:
+        specification = importlib.util.spec_from_file_location(name, REPOSITORY / "tools" / f"{name}.py")
+        module = importlib.util.module_from_spec(specification)
+        specification.loader.exec_module(module)
+        return module
+
+    return load
 
 
 @pytest.fixture(scope="session")

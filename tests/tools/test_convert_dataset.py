@@ -1,6 +1,5 @@
 """The conversion as a person runs it: its summary, its one-line errors, and what is left after Ctrl-C or a kill."""
 
-import importlib.util
 import io
 import os
 import re
@@ -20,11 +19,8 @@ TOOL = Path(__file__).resolve().parents[2] / "tools" / "convert_dataset.py"
 
 
 @pytest.fixture(scope="module")
-def main():
-    spec = importlib.util.spec_from_file_location("convert_dataset", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+def main(tool):
+    return tool("convert_dataset").main
 
 
 @pytest.fixture

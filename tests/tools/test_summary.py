@@ -1,6 +1,5 @@
 """The table over several runs and the curves of each."""
 
-import importlib.util
 import json
 
 import pytest
@@ -11,11 +10,8 @@ from varscale.engine.manifest import write_manifest
 
 
 @pytest.fixture(scope="module")
-def summary(repository):
-    specification = importlib.util.spec_from_file_location("summary", repository / "tools" / "summary.py")
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
+def summary(tool):
+    return tool("summary")
 
 
 def make_run(folder, recipe, results):

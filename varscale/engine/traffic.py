@@ -1,5 +1,6 @@
 """What ranks say to each other in a step: predicted, and counted as it is handed to torch.distributed."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,15 +29,26 @@ _MESSAGES = {
 }
 
 
+class Traffic(NamedTuple):
+    """What this process has handed to torch.distributed, by collective."""
+
+    bytes: Counter[str]
+    calls: Counter[str]
+
+    def clear(self) -> None:
+        self.bytes.clear()
+        self.calls.clear()
+
+
 @contextmanager
-def counted_traffic() -> Iterator[Counter[str]]:
-    """While open, sums up the bytes of the messages of each collective that this process takes part in.
+def counted_traffic() -> Iterator[Traffic]:
+    """While open, counts the messages of each collective that this process takes part in, and their bytes.
 
     The message of a reduction is its input and that of a gathering its output, on one rank: a ring sends (W - 1) / W of
     it per rank for all_gather and reduce_scatter, and twice that for all_reduce. Open it before DeepSpeed's
-    communication begins, which keeps references to some of these functions. The counter may be cleared at any time.
+    communication begins, which keeps references to some of these functions. It may be cleared at any time.
     """
-    counter: Counter[str] = Counter()
+    traffic = Traffic(Counter(), Counter())
     originals = {name: getattr(dist, name) for name in _MESSAGES}
     inside = False  # of one collective that is made of another
 
@@ -48,7 +60,8 @@ def counted_traffic() -> Iterator[Counter[str]]:
                 return original(*args, **kwargs)
             position = _MESSAGES[name]
             message = args[position] if len(args) > position else list(kwargs.values())[position - len(args)]
-            counter[name] += _bytes(message)
+            traffic.bytes[name] += _bytes(message)
+            traffic.calls[name] += 1
             inside = True
             try:
                 return original(*args, **kwargs)
@@ -60,7 +73,7 @@ def counted_traffic() -> Iterator[Counter[str]]:
     for name, original in originals.items():
         setattr(dist, name, counting(name, original))
     try:
-        yield counter
+        yield traffic
     finally:
         for name, original in originals.items():
             setattr(dist, name, original)
@@ -77,10 +90,17 @@ class Message(NamedTuple):
     purpose: str
     collective: str
     bytes: int
+    calls: int
+    element_size: int = 4
 
     def sent(self, world_size: int) -> float:
         """Bytes that a rank sends in a ring: 2 (W - 1) / W of an all-reduce's message, half of that otherwise."""
         return (2 if self.collective == "all_reduce" else 1) * (world_size - 1) / world_size * self.bytes
+
+    def additions(self, world_size: int) -> float:
+        """Additions that a rank does in a ring: (W - 1) / W for each number that is reduced."""
+        reduces = "reduce" in self.collective
+        return reduces * (world_size - 1) / world_size * self.bytes / self.element_size
 
 
 def step_traffic(
@@ -90,47 +110,60 @@ def step_traffic(
 
     They hold for DeepSpeed 0.19.8 with the configurations of ds_configs/, and for networks that stay within
     stage3_max_live_parameters (1e9): above it ZeRO-3 gathers once more for the backward pass. Under ZeRO-3 the first
-    pass of exact centroids is an estimate.
+    pass of exact centroids is an estimate, and the number of gatherings an upper bound: DeepSpeed joins some.
 
     learner: before ZeRO-3 has partitioned it.
     """
     stage, micro = zero_stage(deepspeed), sizes.gradient_accumulation_steps
-    trained = [p for p in learner.network.parameters() if p.requires_grad]
-    teacher = [p for module in learner.companions().values() for p in module.parameters()]
-    first_passes = micro if _has_first_pass(config, sizes) else 0
+    first_passes = micro if has_first_pass(config, sizes) else 0
     groups = _parameter_groups(config, learner)
-    adapted = sum(group.get("adapt", False) for group in groups)
     messages = [
-        *_parameter_messages(stage, micro, first_passes, trained, teacher, deepspeed),
-        Message("gradient norm", "all_reduce", {0: 0, 1: 4, 2: 4, 3: 8}[stage] * len(groups)),
-        Message("LARS norms", "all_reduce", 8 * adapted if stage else 0),
+        *_parameter_messages(stage, micro, first_passes, len(groups), learner, deepspeed),
         *_batch_norm_messages(micro, first_passes, learner),
     ]
+    if stage:
+        numbers = 2 if stage == 3 else 1
+        messages.append(Message("gradient norm", "all_reduce", 4 * numbers * len(groups), len(groups)))
+        adapted = sum(group.get("adapt", False) for group in groups)
+        messages.append(Message("LARS norms", "all_reduce", 8 * adapted, adapted))
     if isinstance(config.objective, VarConConfig):
-        classes = min(num_classes, config.data.views * sizes.global_batch_size)
         exchanges = 1 if first_passes else micro
-        rows = num_classes if num_classes <= MAX_DENSE_CLASSES else classes  # at most: those present
-        bytes_ = 4 * rows * (config.objective.embedding_dim + 1)
-        messages.append(Message("class statistics", "all_reduce", exchanges * bytes_))
+        images = sizes.global_batch_size // exchanges
+        messages += _class_messages(config.objective, exchanges, images, num_classes)
     return [message for message in messages if message.bytes]
 
 
+def has_first_pass(config: Config, sizes: BatchSizes) -> bool:
+    """Whether a step sees all micro-batches once before it learns from the first: accumulation with exact centroids."""
+    exact = isinstance(config.objective, VarConConfig) and config.objective.centroids == "exact"
+    return exact and sizes.gradient_accumulation_steps > 1
+
+
 def _parameter_messages(
-    stage: int, micro: int, first_passes: int, trained: Sequence[Tensor], teacher: Sequence[Tensor], deepspeed: dict
+    stage: int, micro: int, first_passes: int, groups: int, learner: Learner, deepspeed: dict
 ) -> list[Message]:
     """Gradients, and parameters where they are partitioned."""
+    trained = [p for p in learner.network.parameters() if p.requires_grad]
+    teacher = [p for module in learner.companions().values() for p in module.parameters()]
     whole = _size(trained)
+    zero = deepspeed.get("zero_optimization", {})
+    buckets = math.ceil(whole / (4 * zero.get("reduce_bucket_size", 5e8)))  # DeepSpeed's own default
     if stage == 3:
-        threshold = deepspeed["zero_optimization"].get("stage3_param_persistence_threshold", 100_000)  # DeepSpeed's own
-        kept = _size([p for p in trained if p.numel() <= threshold])  # whole on every rank, gathered once a step
-        gathered = (micro + 2 * first_passes) * (whole - kept) + kept
+        threshold = zero.get("stage3_param_persistence_threshold", 100_000)
+        large = [p for p in trained if p.numel() > threshold]
+        small = [p for p in trained if p.numel() <= threshold]  # whole on every rank, gathered once, one by one
+        passes = micro + 2 * first_passes
+        gathered, gatherings = passes * _size(large) + _size(small), passes * len(large) + len(small)
         return [
-            Message("gradients", "reduce_scatter_tensor", micro * whole),
-            Message("parameters", "all_gather_into_tensor", gathered),
-            Message("teacher", "all_gather_into_tensor", micro * _size(teacher)),
+            Message("gradients", "reduce_scatter_tensor", micro * whole, micro * buckets),
+            Message("parameters", "all_gather_into_tensor", gathered, gatherings),
+            Message("teacher", "all_gather_into_tensor", micro * _size(teacher), micro * len(teacher)),
         ]
-    gradients = Message("gradients", "all_reduce", (micro if stage == 2 else 1) * whole)
-    return [gradients, *([Message("parameters", "all_gather_into_tensor", whole)] if stage else [])]
+    reductions = micro if stage == 2 else 1
+    messages = [Message("gradients", "all_reduce", reductions * whole, reductions * buckets)]
+    if stage:
+        messages.append(Message("parameters", "all_gather_into_tensor", whole, groups))
+    return messages
 
 
 def _batch_norm_messages(micro: int, first_passes: int, learner: Learner) -> list[Message]:
@@ -139,16 +172,27 @@ def _batch_norm_messages(micro: int, first_passes: int, learner: Learner) -> lis
     def layers(*modules: nn.Module) -> list[int]:
         return [m.num_features for module in modules for m in module.modules() if isinstance(m, SyncBatchNorm)]
 
-    student, teacher = layers(learner.network), layers(*learner.companions().values())
-    forward = sum(8 * (2 * channels + 1) for channels in student)
-    total = (micro + first_passes) * forward + micro * sum(16 * channels for channels in student)
-    total += micro * sum(8 * (2 * channels + 1) for channels in teacher)
-    return [Message("batch norm", "all_reduce", total)]
+    def message(purpose: str, channels: Sequence[int], forward: int, backward: int) -> Message:
+        bytes_ = sum(8 * (forward * (2 * c + 1) + backward * 2 * c) for c in channels)
+        return Message(purpose, "all_reduce", bytes_, (forward + backward) * len(channels), element_size=8)
+
+    return [
+        message("batch norm", layers(learner.network), micro + first_passes, micro),
+        message("teacher's batch norm", layers(*learner.companions().values()), micro, 0),
+    ]
 
 
-def _has_first_pass(config: Config, sizes: BatchSizes) -> bool:
-    exact = isinstance(config.objective, VarConConfig) and config.objective.centroids == "exact"
-    return exact and sizes.gradient_accumulation_steps > 1
+def _class_messages(objective: VarConConfig, exchanges: int, images: int, num_classes: int) -> list[Message]:
+    """Sums and counts; beyond `MAX_DENSE_CLASSES` of the classes present, which are at most as many as images."""
+    dense = num_classes <= MAX_DENSE_CLASSES
+    rows = num_classes if dense else min(num_classes, images)
+    reductions = exchanges * (1 if objective.detach_centroids else 2)  # the gradient of the statistics goes back
+    bytes_ = 4 * rows * (objective.embedding_dim + 1)
+    messages = [Message("class statistics", "all_reduce", reductions * bytes_, reductions)]
+    if not dense:
+        messages.append(Message("number of classes", "all_reduce", 8 * exchanges, exchanges, element_size=8))
+        messages.append(Message("class numbers", "all_gather", 8 * exchanges * images, exchanges))
+    return messages
 
 
 def _parameter_groups(config: Config, learner: Learner) -> list[dict]:

@@ -1,0 +1,58 @@
+"""Floating-point operations of a step, counted from the model itself: a multiply-add is two."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from varscale.config import BatchSizes, Config, VarConConfig
+from varscale.engine.learners import Learner
+from varscale.engine.traffic import has_first_pass
+
+
+def step_flops(config: Config, sizes: BatchSizes, learner: Learner, num_classes: int) -> dict[str, int]:
+    """Operations of one rank in one optimizer step, by what they are for.
+
+    Convolutions and matrix products only: what norms, activations and augmentation do is bound by memory, not by
+    arithmetic. Counted in meta tensors: takes no memory and no time that grows with the model.
+
+    learner: before ZeRO-3 has partitioned it.
+    """
+    views = config.data.views * sizes.micro_batch_size * sizes.gradient_accumulation_steps
+    size = config.data.image_size
+    flops = {"student": views * training_flops(learner.network, size)}
+    if has_first_pass(config, sizes):
+        flops["first pass"] = views * forward_flops(learner.network, size)
+    for name, companion in learner.companions().items():
+        flops[name] = views * forward_flops(companion, size)
+    if isinstance(config.objective, VarConConfig):
+        # Logits, and the mean centroid under each posterior: 2 N K D each.
+        classes = min(num_classes, sizes.global_batch_size)
+        flops["class logits"] = 4 * views * classes * config.objective.embedding_dim
+    return flops
+
+
+def forward_flops(network: nn.Module, image_size: int) -> int:
+    """Operations of a forward pass of one view."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        _stand_in(network)(_view(image_size))
+    return counter.get_total_flops()
+
+
+def training_flops(network: nn.Module, image_size: int) -> int:
+    """Operations of a forward and a backward pass of one view."""
+    with FlopCounterMode(display=False) as counter:
+        output = _stand_in(network)(_view(image_size))
+        parts = output if isinstance(output, tuple) else (output,)
+        sum(part.sum() for part in parts).backward()
+    return counter.get_total_flops()
+
+
+def _stand_in(network: nn.Module) -> nn.Module:
+    """A copy without memory, in evaluation mode, where batch norm needs no second sample and no other rank."""
+    return copy.deepcopy(network).to("meta").eval()
+
+
+def _view(image_size: int) -> Tensor:
+    return torch.empty(1, 3, image_size, image_size, device="meta")
