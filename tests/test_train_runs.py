@@ -59,7 +59,7 @@ def varcon_alone(train):
 
 # Without batch norm and its kinks, one process and several agree to rounding. A ResNet's first gradients are so badly
 # conditioned (all embeddings point the same way) that float32 rounding alone moves them by a percent.
-VIT = ("encoder.name=vit_s", "encoder.stem=null", "encoder.patch_size=8", "optimizer.lr=0.02")
+VIT = ("encoder.name=vit_ti", "encoder.stem=null", "encoder.patch_size=8", "optimizer.lr=0.02")
 # A ViT's class tokens are all but equal at the start, and normalising their latents would enlarge rounding.
 VSSL = (*VIT, "optimizer.name=lars", "optimizer.lr=0.5", "objective.normalise_latents=false")
 
