@@ -13,7 +13,6 @@ present; at 1,000 and 4,096 classes both are shown.
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -26,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from measuring import resident_growth
 
 from varscale.objectives import centroids
 from varscale.objectives.varcon import varcon_loss
@@ -84,9 +84,7 @@ def measure(options: argparse.Namespace) -> None:
     step(*batch(options, 16), "dense")  # loads libraries
     inputs = [batch(options, classes) for classes, _ in options.worker]
     times = torch.zeros(options.repeats, len(inputs))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    step(*inputs[0], options.worker[0][1])
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    grown = resident_growth(lambda: step(*inputs[0], options.worker[0][1]))
     for repeat in range(options.repeats):
         for number, ((_, exchange), parts) in enumerate(zip(options.worker, inputs, strict=True)):
             times[repeat, number] = step(*parts, exchange)

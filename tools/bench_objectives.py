@@ -10,7 +10,6 @@ pytorch-metric-learning's SupConLoss (pip install pytorch-metric-learning); with
 
 import argparse
 import multiprocessing
-import resource
 import statistics
 import sys
 import time
@@ -21,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import torch.nn.functional as F
+from measuring import resident_growth
 from torch import Tensor
 
 from varscale.objectives.varcon import varcon_loss
@@ -88,7 +88,7 @@ def step(name: str, embeddings: Tensor, labels: Tensor, classes: int) -> float:
 
 def peak_memory(name: str, shape: tuple[int, int, int], device: str, threads: int) -> int | None:
     """Bytes that one step needs on top of its inputs: of the allocator on a GPU, of the whole process on a CPU."""
-    context = multiprocessing.get_context("spawn")  # a fresh process: the high-water mark never falls
+    context = multiprocessing.get_context("spawn")  # a fresh process, whose memory no contender has grown yet
     with context.Pool(1) as pool:
         return pool.apply(_peak_memory, (name, shape, device, threads))
 
@@ -102,9 +102,7 @@ def _peak_memory(name: str, shape: tuple[int, int, int], device: str, threads: i
         before = torch.cuda.memory_allocated()
         step(name, embeddings, labels, shape[1])
         return torch.cuda.max_memory_allocated() - before
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    step(name, embeddings, labels, shape[1])
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    return resident_growth(lambda: step(name, embeddings, labels, shape[1]))
 
 
 def measure(shape: tuple[int, int, int], device: str, repeats: int, threads: int) -> list[str]:
