@@ -66,7 +66,9 @@ def run(world_size: int, cases: dict) -> dict[str, tuple]:
         (Path(folder) / "cases.json").write_text(json.dumps(cases))
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-        subprocess.run([*launcher, __file__, folder], env=environment, check=True, capture_output=True)
+        ended = subprocess.run([*launcher, __file__, folder], env=environment, capture_output=True, text=True)
+        if ended.returncode:
+            raise SystemExit(ended.stderr[-5000:])
         ranks = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(world_size)]
     for rank in ranks[1:]:
         for name in cases:
