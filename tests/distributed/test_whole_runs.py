@@ -47,7 +47,10 @@ VSSL = [
     "objective.normalise_latents=false",  # it would enlarge the rounding of class tokens that are all but equal
 ]
 KINDS = {
-    "varcon-resnet": ("digits-varcon", [*RESNET, "optimizer.lr=0.01"]),
+    "varcon-resnet": (  # fewer pixels or images would make it too badly conditioned to compare
+        "digits-varcon",
+        ["data.image_size=16", "batch.global_batch_size=64", "schedule.epochs=6", "optimizer.lr=0.01"],
+    ),
     "varcon-vit": ("digits-varcon", [*VIT, "optimizer.lr=0.01"]),
     "varcon-vit-bfloat16": ("digits-varcon", [*VIT, "optimizer.lr=0.01", "compute.precision=bfloat16"]),
     "vssl-resnet": ("digits-vssl", [*RESNET, *VSSL]),
