@@ -8,8 +8,6 @@ What is "the same" in float32? Sums over ranks are taken in another order, so ev
 training enlarges them. How much is measured, not guessed: one process runs again from the checkpoint with every
 parameter changed by about one rounding (relative 2**-24). `SLACK` times the distance that this alone makes after 20
 steps is the bound; a bound that is not small against the way the parameters went would fail as a test of nothing.
-(Measured when this was written, after a way of about 1: 1e-5 for VarCon and 1e-4 for VSSL on the ViT, 0.1 and 0.04 on
-the ResNet, whose batch norms of few pixels enlarge rounding most.)
 """
 
 import json

@@ -91,16 +91,10 @@ class Message(NamedTuple):
     collective: str
     bytes: int
     calls: int
-    element_size: int = 4
 
     def sent(self, world_size: int) -> float:
         """Bytes that a rank sends in a ring: 2 (W - 1) / W of an all-reduce's message, half of that otherwise."""
         return (2 if self.collective == "all_reduce" else 1) * (world_size - 1) / world_size * self.bytes
-
-    def additions(self, world_size: int) -> float:
-        """Additions that a rank does in a ring: (W - 1) / W for each number that is reduced."""
-        reduces = "reduce" in self.collective
-        return reduces * (world_size - 1) / world_size * self.bytes / self.element_size
 
 
 def step_traffic(
@@ -174,7 +168,7 @@ def _batch_norm_messages(micro: int, first_passes: int, learner: Learner) -> lis
 
     def message(purpose: str, channels: Sequence[int], forward: int, backward: int) -> Message:
         bytes_ = sum(8 * (forward * (2 * c + 1) + backward * 2 * c) for c in channels)
-        return Message(purpose, "all_reduce", bytes_, (forward + backward) * len(channels), element_size=8)
+        return Message(purpose, "all_reduce", bytes_, (forward + backward) * len(channels))
 
     return [
         message("batch norm", layers(learner.network), micro + first_passes, micro),
@@ -190,7 +184,7 @@ def _class_messages(objective: VarConConfig, exchanges: int, images: int, num_cl
     bytes_ = 4 * rows * (objective.embedding_dim + 1)
     messages = [Message("class statistics", "all_reduce", reductions * bytes_, reductions)]
     if not dense:
-        messages.append(Message("number of classes", "all_reduce", 8 * exchanges, exchanges, element_size=8))
+        messages.append(Message("number of classes", "all_reduce", 8 * exchanges, exchanges))
         messages.append(Message("class numbers", "all_gather", 8 * exchanges * images, exchanges))
     return messages
 
