@@ -228,7 +228,8 @@ def open_views(
 
     def augment(batch: Batch, epoch: int) -> MicroBatch:
         images, labels, indices = (tensor.to(ranks.device, non_blocking=True) for tensor in batch)
-        return MicroBatch(augmentation(images, indices, epoch).contiguous(memory_format=layout), labels, indices)
+        views = augmentation(images, batch.indices, epoch)
+        return MicroBatch(views.contiguous(memory_format=layout), labels, indices)
 
     return loader, augment
 

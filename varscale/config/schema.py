@@ -34,7 +34,9 @@ class DataConfig(Section):
     crop_ratio: tuple[PositiveFloat, PositiveFloat] = (3 / 4, 4 / 3)
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     flip: Probability = 0.5
-    augmentation: Literal["simaugment", "byol", "simclr", "crop_flip", "none"] = "simaugment"
+    augmentation: Literal[
+        "simaugment", "byol", "simclr", "autoaugment", "randaugment", "stacked_randaugment", "crop_flip", "none"
+    ] = "simaugment"
     workers: NonNegativeInt = 0  # 0: this machine's cores, divided among its ranks
     batches_ahead: PositiveInt = 3
     os_cache: bool = True

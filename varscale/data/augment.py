@@ -1,20 +1,25 @@
-"""Photometric augmentation of a batch of views on its device, with random numbers of (seed, epoch, sample, view).
+"""Augmentation of a batch of views on its device, with random numbers of (seed, epoch, sample, view).
 
 Nothing here depends on the rest of the batch, on its size or on the device (up to rounding), and nothing waits for the
-device: there is no loop over samples, and every choice is made by arithmetic.
+device: there is no loop over samples, and every choice is made by arithmetic or on the host.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
+from torchvision.transforms import AutoAugmentPolicy
 
 from varscale.data.colour import blur_, blur_bands, blur_kernel_size, grayscale_, jitter_, solarize_
-from varscale.data.randomness import PHOTOMETRIC_DRAWS, torch_stream, torch_uniform
+from varscale.data.operations import Chosen, draw_autoaugment, draw_randaugment, operate_
+from varscale.data.randomness import PHOTOMETRIC_DRAWS, as_uint64, stream, uniform
 
-LARGEST_SIZE_WITHOUT_BLUR = 64  # pixels; BYOL and SimCLR do not blur CIFAR-sized images
+# In pixels, images of CIFAR's kind: BYOL and SimCLR do not blur them, and AutoAugment has a policy for them.
+LARGEST_SMALL_IMAGE = 64
 BLUR_SIGMA = (0.1, 2.0)
 SOLARIZE_THRESHOLD = 0.5
 NEVER = 2.0  # a threshold that no value in [0, 1] reaches
@@ -24,11 +29,12 @@ PIXELS_IN_CACHE = 1 << 16
 
 @dataclass(frozen=True)
 class Photometric:
-    """How one view's colours are changed: strengths of the colour jitter, and probabilities.
+    """How one view is changed after its crop: in the order jitter, blur, operations, grayscale, solarize.
 
     brightness, contrast, saturation: factors are uniform on [max(0, 1 - strength), 1 + strength].
     hue: shifts are uniform on [-hue, hue] turns.
-    jitter, grayscale, blur, solarize: probabilities of each, which are applied in this order.
+    jitter, blur, grayscale, solarize: probabilities of each.
+    operations: from the views' streams (N,) uint64 and the image size in pixels, what AutoAugment or RandAugment does.
     """
 
     brightness: float = 0.0
@@ -36,9 +42,16 @@ class Photometric:
     saturation: float = 0.0
     hue: float = 0.0
     jitter: float = 0.0
-    grayscale: float = 0.0
     blur: float = 0.0
+    operations: Callable[[np.ndarray, int], list[Chosen]] | None = None
+    grayscale: float = 0.0
     solarize: float = 0.0
+
+
+def _autoaugment(key: np.ndarray, image_size: int) -> list[Chosen]:
+    """The policy found on ImageNet, or on CIFAR-10 for small images."""
+    large = image_size > LARGEST_SMALL_IMAGE
+    return draw_autoaugment(key, image_size, AutoAugmentPolicy.IMAGENET if large else AutoAugmentPolicy.CIFAR10)
 
 
 _NONE = Photometric()
@@ -46,12 +59,20 @@ _SIMAUGMENT = Photometric(0.4, 0.4, 0.4, 0.1, jitter=0.8, grayscale=0.2)
 _BYOL = Photometric(0.4, 0.4, 0.2, 0.1, jitter=0.8, grayscale=0.2, blur=1.0)
 _BYOL_OTHER = Photometric(0.4, 0.4, 0.2, 0.1, jitter=0.8, grayscale=0.2, blur=0.1, solarize=0.2)
 _SIMCLR = Photometric(0.8, 0.8, 0.8, 0.2, jitter=0.8, grayscale=0.2, blur=0.5)
+_AUTOAUGMENT = Photometric(operations=_autoaugment)
+_RANDAUGMENT = Photometric(operations=partial(draw_randaugment, operations=2, magnitude=9))
+_FULL_RANDAUGMENT = partial(draw_randaugment, operations=2, magnitude=30, probability=0.5)
+_STACKED = Photometric(0.8, 0.8, 0.8, 0.2, jitter=0.8, grayscale=0.2, blur=0.5, operations=_FULL_RANDAUGMENT)
 
 # By name: the first view's, the second's; further views take the second's. Crops and flips are the loader's part.
 POLICIES: dict[str, tuple[Photometric, Photometric]] = {
     "simaugment": (_SIMAUGMENT, _SIMAUGMENT),  # VarCon's authors, arXiv 2506.07413
     "byol": (_BYOL, _BYOL_OTHER),  # arXiv 2006.07733, table 6
     "simclr": (_SIMCLR, _SIMCLR),  # arXiv 2002.05709, appendix A
+    "autoaugment": (_AUTOAUGMENT, _AUTOAUGMENT),  # arXiv 1805.09501; VarCon's and SupCon's on ImageNet
+    "randaugment": (_RANDAUGMENT, _RANDAUGMENT),  # arXiv 1909.13719, as torchvision sets it
+    # InfoMin's (arXiv 2005.10243), whose magnitudes vary a little about their largest; torchvision's operations here.
+    "stacked_randaugment": (_STACKED, _STACKED),
     "crop_flip": (_NONE, _NONE),
     "none": (_NONE, _NONE),
 }
@@ -74,7 +95,7 @@ class Draws(NamedTuple):
 
 
 class Augmentation(nn.Module):
-    """Colour jitter, grayscale, blur, solarise and normalisation of a batch of views, by a named policy.
+    """Augments views after their crops and flips, by a named policy, and normalises them.
 
     Args:
         policy: a key of POLICIES.
@@ -98,7 +119,7 @@ class Augmentation(nn.Module):
         first, other = POLICIES[policy]
         self.photometric = (first, *[other] * (views - 1))
         self.image_size, self.seed = image_size, seed
-        self.blurs = image_size > LARGEST_SIZE_WITHOUT_BLUR and any(view.blur for view in self.photometric)
+        self.blurs = image_size > LARGEST_SMALL_IMAGE and any(view.blur for view in self.photometric)
         scale = 1 / torch.tensor(std, dtype=torch.float32).view(1, 3, 1, 1)
         self.register_buffer("scale", scale, persistent=False)
         self.register_buffer(
@@ -110,7 +131,7 @@ class Augmentation(nn.Module):
     def forward(self, images: torch.Tensor, indices: torch.Tensor, epoch: int) -> torch.Tensor:
         """Augments and normalises.
 
-        images: (N, V, H, W, 3) uint8 on this module's device. indices: (N,) int64, the samples' numbers.
+        images: (N, V, H, W, 3) uint8 on this module's device. indices: (N,) int64 ON THE CPU, the samples' numbers.
 
         Returns (V * N, 3, H, W) float32 in channels_last layout, VIEW-MAJOR: row v * N + n is view v of image n, so its
         labels are `labels.repeat(V)`. Raises ValueError when the shapes do not fit.
@@ -120,26 +141,27 @@ class Augmentation(nn.Module):
             raise ValueError(f"images must be uint8 of shape {expected}, got {images.dtype} of {tuple(images.shape)}")
         count, views, height, width, _ = expected
         output = torch.empty((views * count, 3, height, width), device=images.device, memory_format=torch.channels_last)
-        indices = indices.to(images.device, non_blocking=True)
         step = count if images.is_cuda else max(1, PIXELS_IN_CACHE // (height * width))
         for view in range(views):
-            draws = self.draw(indices, epoch, view)
+            draws, operations = self.draw(indices, epoch, view), self.draw_operations(indices, epoch, view)
             for start in range(0, count, step):
                 rows = slice(start, min(start + step, count))
                 self._augment(
                     images[rows, view],
                     Draws(*(drawn[rows] for drawn in draws)),
+                    [Chosen(*(drawn[rows] for drawn in chosen)) for chosen in operations],
                     self.photometric[view],
                     output[view * count + rows.start : view * count + rows.stop],
                 )
         return output
 
+    @torch.compiler.disable
     def draw(self, indices: torch.Tensor, epoch: int, view: int) -> Draws:
         """The parameters of one view: a pure function of (seed, epoch, sample, view). indices: (N,) int64."""
         policy = self.photometric[view]
-        key = torch_stream(self.seed, epoch, indices, view)
-        draws = torch.arange(PHOTOMETRIC_DRAWS, PHOTOMETRIC_DRAWS + 13, device=indices.device)
-        number = torch_uniform(key[:, None], draws)
+        draws = np.arange(PHOTOMETRIC_DRAWS, PHOTOMETRIC_DRAWS + 13, dtype=np.uint64)
+        number = uniform(self._streams(indices, epoch, view)[:, None], draws).astype(np.float32)
+        number = torch.from_numpy(number).to(self.scale.device, non_blocking=True)
         strength = [policy.brightness, policy.contrast, policy.saturation]
         lows = [*(max(0.0, 1 - value) for value in strength), -policy.hue]
         highs = [*(1 + value for value in strength), policy.hue]
@@ -157,19 +179,41 @@ class Augmentation(nn.Module):
             solarize=number[:, 12] < policy.solarize,
         )
 
-    def _augment(self, images: torch.Tensor, draws: Draws, policy: Photometric, output: torch.Tensor) -> None:
+    @torch.compiler.disable
+    def draw_operations(self, indices: torch.Tensor, epoch: int, view: int) -> list[Chosen]:
+        """The operations of one view, one after the other: drawn like its parameters, and kept on the host."""
+        operations = self.photometric[view].operations
+        return operations(self._streams(indices, epoch, view), self.image_size) if operations else []
+
+    def _streams(self, indices: torch.Tensor, epoch: int, view: int) -> np.ndarray:
+        samples = indices.numpy().astype(np.uint64)
+        return stream(as_uint64(self.seed), as_uint64(epoch), samples, as_uint64(view))
+
+    def _augment(
+        self,
+        images: torch.Tensor,
+        draws: Draws,
+        operations: Sequence[Chosen],
+        policy: Photometric,
+        output: torch.Tensor,
+    ) -> None:
         """Augments images (n, H, W, 3) uint8 of one view into `output` (n, 3, H, W)."""
         planes = torch.empty(output.shape, device=images.device)
         planes.copy_(images.permute(0, 3, 1, 2)).div_(255)
         if policy.jitter:
             jitter_(planes, draws.factors, draws.positions)
-        if policy.grayscale:
-            grayscale_(planes, draws.grayscale)
         if policy.blur and self.blurs:
             blur_(planes, draws.sigma, draws.blur, self.bands)
+        if operations:
+            levels = (planes * 255).round_().to(torch.uint8)
+            for chosen in operations:
+                operate_(levels, chosen)
+            planes.copy_(levels).div_(255)
+        if policy.grayscale:
+            grayscale_(planes, draws.grayscale)
         if policy.solarize:
             solarize_(planes, torch.where(draws.solarize, SOLARIZE_THRESHOLD, NEVER))
-        torch.addcmul(self.shift, planes, self.scale, out=output)
+        output.copy_(planes.mul_(self.scale).add_(self.shift))
 
 
 def random_positions(numbers: torch.Tensor) -> torch.Tensor:

@@ -30,8 +30,8 @@ def blend_(images: torch.Tensor, factor: torch.Tensor, contrast: torch.Tensor, s
     rest = 1 - factor
     # Rows first: reduced at once, a single image would be summed in another order than a batch.
     mean = grey.mean(-1).mean(-1).squeeze(1)
-    reference = torch.addcmul(_per_image(rest * contrast * mean), grey, _per_image(rest * saturation))
-    torch.addcmul(reference, images, _per_image(factor), out=images).clamp_(0, 1)
+    reference = torch.addcmul(per_image(rest * contrast * mean), grey, per_image(rest * saturation))
+    torch.addcmul(reference, images, per_image(factor), out=images).clamp_(0, 1)
 
 
 def shift_hue_(images: torch.Tensor, shift: torch.Tensor) -> None:
@@ -78,14 +78,14 @@ def jitter_(images: torch.Tensor, factors: torch.Tensor, positions: torch.Tensor
 
 def grayscale_(images: torch.Tensor, chosen: torch.Tensor) -> None:
     """Replace the chosen images by their grey values. chosen: (N,) bool."""
-    kept = _per_image((~chosen).to(images.dtype))
+    kept = per_image((~chosen).to(images.dtype))
     grey = luma(images).mul_(1 - kept)
     torch.addcmul(grey, images, kept, out=images)
 
 
 def solarize_(images: torch.Tensor, threshold: torch.Tensor) -> None:
     """Invert the values from a threshold up. threshold: (N,) float; above 1 it leaves the image as it is."""
-    torch.where(images >= _per_image(threshold), 1 - images, images, out=images)
+    torch.where(images >= per_image(threshold), 1 - images, images, out=images)
 
 
 def blur_kernel_size(image_size: int) -> int:
@@ -125,5 +125,6 @@ def blur_(images: torch.Tensor, sigma: torch.Tensor, chosen: torch.Tensor, bands
     torch.matmul(matrices[:, None], along_rows, out=images)
 
 
-def _per_image(values: torch.Tensor) -> torch.Tensor:
+def per_image(values: torch.Tensor) -> torch.Tensor:
+    """One value an image, (N,), beside images: (N, 1, 1, 1)."""
     return values[:, None, None, None]
