@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from varscale.config import Config
 from varscale.data.dataset import DatasetInfo, check_beton, read_dataset_info
-from varscale.data.decoding import CropSpec
+from varscale.data.geometry import CropSpec
 from varscale.engine.launch import report_user_error
 from varscale.engine.rundir import find_checkpoint, run_config
 from varscale.errors import UserError

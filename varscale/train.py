@@ -172,7 +172,7 @@ def take_step(
     for number, batch in enumerate(micro_batches, start=1):
         loss, parts = learner.loss(engine, batch)
         engine.backward(loss)  # DeepSpeed divides by the number of micro-batches and averages over ranks
-        terms.append(parts)
+        terms.append(parts | {"bad_sample_count": loss.new_full((), batch.bad_samples)})
         if number < len(micro_batches):
             engine.step()  # only counts the micro-batch
     return terms, step_with_gradient_norm(engine)
@@ -207,7 +207,8 @@ def open_views(
     import torch
 
     from varscale.data.augment import Augmentation
-    from varscale.data.loader import Batch, CropSpec, ViewLoader
+    from varscale.data.geometry import CropSpec
+    from varscale.data.loader import Batch, ViewLoader
     from varscale.engine.learners import MicroBatch
 
     d = config.data
@@ -219,6 +220,8 @@ def open_views(
         workers=d.workers or ranks.cores,
         batches_ahead=d.batches_ahead,
         os_cache=d.os_cache,
+        on_bad_sample=d.on_bad_sample,
+        decoder=d.loader,
     )
     augmentation = Augmentation(d.augmentation, d.views, d.image_size, data.info.mean, data.info.std, config.seed)
     augmentation.to(ranks.device)
@@ -227,9 +230,11 @@ def open_views(
     layout = torch.channels_last if config.compute.channels_last else torch.contiguous_format
 
     def augment(batch: Batch, epoch: int) -> MicroBatch:
-        images, labels, indices = (tensor.to(ranks.device, non_blocking=True) for tensor in batch)
+        images, labels, indices = (
+            tensor.to(ranks.device, non_blocking=True) for tensor in (batch.images[0], batch.labels, batch.indices)
+        )
         views = augmentation(images, batch.indices, epoch)
-        return MicroBatch(views.contiguous(memory_format=layout), labels, indices)
+        return MicroBatch(views.contiguous(memory_format=layout), labels, indices, batch.skipped)
 
     return loader, augment
 

@@ -13,25 +13,26 @@ from scipy.stats import binomtest, chisquare, ks_2samp, kstest
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import functional as F
 
-from varscale.data.decoding import CropSpec, crop_geometry, jpeg_size, view_table
+from varscale.data.decoding import jpeg_size
+from varscale.data.geometry import CropSpec, crop_geometry, view_table
 from varscale.data.randomness import as_uint64, stream
 
 SEED, EPOCH = as_uint64(3)[0], as_uint64(9)[0]
 
 
 @numba.njit
-def geometries(height, width, size, view, seed, epoch, number, count):
+def geometries(height, width, view, seed, epoch, number, count):
     boxes = np.empty((count, 5), np.int64)
     for sample in range(count):
         key = stream(seed, epoch, np.uint64(sample), np.uint64(number))
-        rows, columns, flip = crop_geometry(height, width, size, view, key)
+        rows, columns, flip = crop_geometry(height, width, view, key)
         boxes[sample] = np.array([rows[0], columns[0], rows[1], columns[1], np.int64(flip)])
     return boxes
 
 
 def our_boxes(height, width, spec, count, number=0):
     """(count, 5): top, left, height, width, flip."""
-    return geometries(height, width, spec.size, view_table([spec])[0], SEED, EPOCH, number, count)
+    return geometries(height, width, view_table([spec])[0], SEED, EPOCH, number, count)
 
 
 def torchvision_boxes(height, width, spec, count):
@@ -91,13 +92,13 @@ def test_impossible_ratios_fall_back_to_the_central_crop(height, width):
 
 
 @numba.njit
-def evaluation_geometry(height, width, size, view):
-    return crop_geometry(height, width, size, view, np.uint64(0))
+def evaluation_geometry(height, width, view):
+    return crop_geometry(height, width, view, np.uint64(0))
 
 
 @pytest.mark.parametrize(("height", "width"), [(375, 500), (500, 375), (256, 256), (225, 1000)])
 def test_evaluation_crop_is_resize_and_center_crop(height, width):
-    rows, columns, flip = evaluation_geometry(height, width, 224, view_table([CropSpec(224, None, flip=1.0)])[0])
+    rows, columns, flip = evaluation_geometry(height, width, view_table([CropSpec(224, None, flip=1.0)])[0])
     resized = F.resize(torch.zeros(1, height, width, dtype=torch.uint8), [256]).shape[-2:]
     numbered = torch.arange(resized[0])[:, None] * 10_000 + torch.arange(resized[1])
     corner = F.center_crop(numbered[None], [224, 224])[0, 0, 0].item()
@@ -108,7 +109,7 @@ def test_evaluation_crop_is_resize_and_center_crop(height, width):
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (32, 40), (20, 30)])
 def test_evaluation_crop_of_a_small_image_keeps_its_shorter_side(height, width):
-    rows, columns, _ = evaluation_geometry(height, width, 32, view_table([CropSpec(32, None)])[0])
+    rows, columns, _ = evaluation_geometry(height, width, view_table([CropSpec(32, None)])[0])
     assert min(rows[2], columns[2]) == 32
     assert min(rows[3], columns[3]) == 0
     assert columns[2] == 32 * width // height
@@ -144,10 +145,12 @@ def test_senseless_crops_are_refused(arguments):
 def test_machine_code_is_kept_between_processes():
     code = (
         "import numpy as np\n"
-        "from varscale.data.decoding import RECORD, VIEW, decode_views\n"
-        "no = np.empty(0, np.int64)\n"
-        "views, images = np.zeros(1, VIEW), np.empty((0, 1, 8, 8, 3), np.uint8)\n"
-        "decode_views(-1, np.zeros(0, RECORD), no, views, np.uint64(0), np.uint64(0), images)\n"
+        "from varscale.data.decoding import decode_views\n"
+        "from varscale.data.geometry import VIEW\n"
+        "from varscale.data.records import RECORD\n"
+        "no, seed = np.empty(0, np.int64), np.uint64(0)\n"
+        "records, views, images = np.zeros(0, RECORD), np.zeros(1, VIEW), np.empty(0, np.uint8)\n"
+        "decode_views(-1, records, no, 0, 0, views, seed, seed, images)\n"
         "print(sum(decode_views.stats.cache_hits.values()))\n"
     )
     hits = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout for _ in range(2)]

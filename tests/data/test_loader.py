@@ -19,7 +19,8 @@ from ffcv.fields import IntField, RGBImageField
 from ffcv.libffcv import imdecode
 from ffcv.writer import DatasetWriter
 
-from varscale.data.decoding import CropSpec, crop_geometry, view_table
+from varscale.data import loader as loader_module
+from varscale.data.geometry import CropSpec, crop_geometry, view_table
 from varscale.data.loader import LoaderError, ViewLoader
 from varscale.data.randomness import as_uint64, stream
 from varscale.errors import UserError
@@ -47,7 +48,7 @@ def smooth_image(random, height, width):
 @pytest.fixture(scope="module")
 def jpeg_beton(tmp_path_factory):
     random = np.random.default_rng(0)
-    images = [smooth_image(random, *random.integers(40, 120, 2)) for _ in range(COUNT)]
+    images = [smooth_image(random, *random.integers(40, 64, 2)) for _ in range(COUNT)]
     return write_beton(tmp_path_factory.mktemp("jpeg") / "jpeg.beton", images, "jpg")
 
 
@@ -86,18 +87,21 @@ def load(path, indices, epoch=4, crops=TWO_VIEWS, workers=1, **options):
 
 
 def by_sample(batches):
+    """{sample: its views}, for views of one size."""
     return {
-        int(index): image.numpy() for batch in batches for index, image in zip(batch.indices, batch.images, strict=True)
+        int(index): views.numpy()
+        for batch in batches
+        for index, views in zip(batch.indices, batch.images[0], strict=True)
     }
 
 
-def decoded_by_ffcv(path, loader, sample):
+def decoded_by_ffcv(path, loader, sample, shrink=1):
     record = loader.records[sample]
     height, width = int(record["height"]), int(record["width"])
     start = int(record["offset"])
     data = np.frombuffer(path.read_bytes()[start : start + int(record["size"])], np.uint8)
-    image = np.empty((height, width, 3), np.uint8)
-    assert imdecode(data, image, height, width, height, width, 0, 0, 1, 1, False, False) == 0
+    image = np.empty((-(-height // shrink), -(-width // shrink), 3), np.uint8)
+    assert imdecode(data, image, height, width, height, width, 0, 0, 1, shrink, False, False) == 0
     return image
 
 
@@ -105,27 +109,101 @@ def test_views_are_torchvisions_crops_of_the_decoded_image(jpeg_beton):
     loader = ViewLoader(jpeg_beton, TWO_VIEWS, seed=7, workers=2)
     with loader.batches(np.arange(COUNT)[None], epoch=4) as batches:
         (batch,) = batches
-    assert batch.images.shape == (COUNT, 2, 32, 32, 3)
-    assert batch.images.dtype == torch.uint8
+    assert batch.images[0].shape == (COUNT, 2, 32, 32, 3)
+    assert batch.images[0].dtype == torch.uint8
     assert batch.labels.tolist() == [3 * i for i in range(COUNT)]
     flips = 0
     for sample in range(COUNT):
         image = torch.from_numpy(decoded_by_ffcv(jpeg_beton, loader, sample)).permute(2, 0, 1)
         for view, spec in enumerate(TWO_VIEWS):
             key = stream(as_uint64(7), as_uint64(4), as_uint64(sample), as_uint64(view))[0]
-            rows, columns, flip = crop_geometry(*image.shape[1:], 32, view_table(TWO_VIEWS)[view], key)
+            rows, columns, flip = crop_geometry(*image.shape[1:], view_table(TWO_VIEWS)[view], key)
             expected = F.resized_crop(
                 image, rows[0], columns[0], rows[1], columns[1], [32, 32], F.InterpolationMode(spec.interpolation)
             )
             expected = (expected.flip(-1) if flip else expected).permute(1, 2, 0)
-            assert (batch.images[sample, view].int() - expected.int()).abs().max() <= 1
+            assert (batch.images[0][sample, view].int() - expected.int()).abs().max() <= 1
             flips += flip
     assert 5 < flips < 35
 
 
+MULTI_CROP = (*[CropSpec(32, (0.3, 1.0))] * 2, *[CropSpec(16, (0.05, 0.3))] * 3, CropSpec(8, None))
+
+
+def test_views_of_several_sizes_come_one_tensor_a_size(jpeg_beton):
+    (batch,) = load(jpeg_beton, np.arange(COUNT)[None], crops=MULTI_CROP, workers=2)
+    assert [tuple(images.shape) for images in batch.images] == [
+        (COUNT, 2, 32, 32, 3),
+        (COUNT, 3, 16, 16, 3),
+        (COUNT, 1, 8, 8, 3),
+    ]
+    # A view does not depend on which others are cut beside it, nor on the size of the batch.
+    (large,) = load(jpeg_beton, np.arange(COUNT)[None], crops=MULTI_CROP[:2])
+    assert torch.equal(batch.images[0], large.images[0])
+    for single in load(jpeg_beton, np.arange(COUNT)[:, None], crops=MULTI_CROP):
+        for images, all_images in zip(single.images, batch.images, strict=True):
+            assert torch.equal(images[0], all_images[single.indices[0]])
+    assert not torch.equal(batch.images[1][:, 0], batch.images[1][:, 1])
+
+
+@pytest.fixture(scope="module")
+def large_beton(tmp_path_factory):
+    """Large smooth images of even sides, and one that is odd."""
+    random = np.random.default_rng(3)
+    slow = [smooth_image(random, 40, 40) for _ in range(4)]
+    sides = [(256, 256), (512, 400), (200, 640), (301, 263)]
+    images = [np.asarray(Image.fromarray(image).resize(side[::-1])) for image, side in zip(slow, sides, strict=True)]
+    return write_beton(tmp_path_factory.mktemp("large") / "large.beton", images, "jpg")
+
+
+@pytest.mark.parametrize("size", [24, 60, 100])
+def test_images_much_larger_than_their_views_are_shrunk_while_decoded(large_beton, size):
+    crops = (CropSpec(size, (1.0, 1.0), ratio=(1.0, 1.0), flip=0.0),)  # the largest central square
+    loader = ViewLoader(large_beton, crops, seed=7, workers=1)
+    (batch,) = load(large_beton, np.arange(4)[None], crops=crops)
+    for sample in range(4):
+        height, width = (int(loader.records[sample][side]) for side in ("height", "width"))
+        shrink = max(s for s in (1, 2, 4, 8) if min(height, width) >= s * size)
+        image = torch.from_numpy(decoded_by_ffcv(large_beton, loader, sample, shrink)).permute(2, 0, 1)
+        side = min(height, width)
+        top, left = (height - side) // 2, (width - side) // 2
+        if not (top % shrink or left % shrink or side % shrink):
+            box = image[:, top // shrink :, left // shrink :][:, : side // shrink, : side // shrink]
+            expected = F.resize(box, [size, size], antialias=True).permute(1, 2, 0)
+            assert (batch.images[0][sample, 0].int() - expected.int()).abs().max() <= 1
+        # Much the same picture as without shrinking, at whichever pixel the crop begins.
+        whole = torch.from_numpy(decoded_by_ffcv(large_beton, loader, sample)).permute(2, 0, 1)
+        whole = F.resized_crop(whole, top, left, side, side, [size, size]).permute(1, 2, 0)
+        assert (batch.images[0][sample, 0].int() - whole.int()).abs().float().mean() < 2.5
+
+
+def test_one_crop_that_needs_the_pixels_keeps_the_image_whole(large_beton):
+    crops = (CropSpec(24, (1.0, 1.0), flip=0.0), CropSpec(24, (0.01, 0.02)))
+    loader = ViewLoader(large_beton, crops, seed=7, workers=1)
+    (batch,) = load(large_beton, np.arange(1)[None], crops=crops)
+    whole = torch.from_numpy(decoded_by_ffcv(large_beton, loader, 0)).permute(2, 0, 1)
+    expected = F.resize(whole, [24, 24], antialias=True).permute(1, 2, 0)
+    assert (batch.images[0][0, 0].int() - expected.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("crops", [TWO_VIEWS, MULTI_CROP])
+@pytest.mark.parametrize("kind", ["jpeg", "raw"])
+def test_torch_decodes_the_same_views(kind, crops, request):
+    path, indices = request.getfixturevalue(f"{kind}_beton"), np.arange(COUNT).reshape(1, COUNT)
+    (ours,), (theirs,) = (load(path, indices, crops=crops, decoder=decoder) for decoder in ("ffcv", "torch"))
+    assert torch.equal(ours.labels, theirs.labels)
+    for images, reference in zip(ours.images, theirs.images, strict=True):
+        difference = (images.int() - reference.int()).abs()
+        if kind == "raw":
+            assert difference.max() <= 1
+        else:  # two inverse cosine transforms: FFCV asks for the fast one
+            assert difference.float().mean() < 1.5
+            assert difference.max() <= 24
+
+
 def test_raw_images_of_the_views_size_come_out_as_they_went_in(raw_beton, raw_images):
     (batch,) = load(raw_beton, np.arange(COUNT)[None], crops=(CropSpec(32, None),))
-    np.testing.assert_array_equal(batch.images[:, 0].numpy(), raw_images)
+    np.testing.assert_array_equal(batch.images[0][:, 0].numpy(), raw_images)
 
 
 def test_labels_are_minus_one_where_the_file_has_none(raw_beton):
@@ -172,15 +250,15 @@ def test_batches_are_the_consumers_own(raw_beton):
     loader = ViewLoader(raw_beton, TWO_VIEWS, seed=7, workers=2, batches_ahead=2)
     kept, copies = [], []
     for batch in loader.batches(indices, epoch=0):
-        kept.append(batch.images)
-        copies.append(batch.images.clone())
+        kept.append(batch.images[0])
+        copies.append(batch.images[0].clone())
     assert all(torch.equal(image, copy) for image, copy in zip(kept, copies, strict=True))
 
 
 def test_padding_is_dropped(raw_beton):
     batches = load(raw_beton, np.array([[0, 1, 2], [3, -1, -1], [-1, -1, -1]]))
     assert [batch.indices.tolist() for batch in batches] == [[0, 1, 2], [3], []]
-    assert batches[2].images.shape == (0, 2, 32, 32, 3)
+    assert batches[2].images[0].shape == (0, 2, 32, 32, 3)
 
 
 def cut_entropy_data(jpeg):
@@ -218,6 +296,35 @@ def test_a_damaged_jpeg_ends_the_iteration(damaged, change, reason, workers):
     assert time.monotonic() - start < 1
     assert threading.active_count() == threads
     assert list(batches) == []
+
+
+@pytest.mark.parametrize("decoder", ["ffcv", "torch"])
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_bad_sample_can_be_skipped(damaged, jpeg_beton, capsys, workers, decoder):
+    path = damaged(lambda jpeg: bytes(len(jpeg)))
+    options = {"workers": workers, "decoder": decoder}
+    sound = by_sample(load(jpeg_beton, np.array([[12]]), **options))[12]
+    for indices in (np.array([[3, 11], [11, 12], [4, 5]]), np.array([[11, 3, 11]])):
+        batches = load(path, indices, on_bad_sample="skip", **options)
+        assert [b.indices.tolist() for b in batches] == np.where(indices == 11, 12, indices).tolist()
+        assert [b.labels.tolist() for b in batches] == [[3 * i for i in b.indices.tolist()] for b in batches]
+        assert [b.skipped for b in batches] == (indices == 11).sum(1).tolist()
+        for batch in batches:
+            for index, views in zip(batch.indices.tolist(), batch.images[0].numpy(), strict=True):
+                assert index != 12 or np.array_equal(views, sound)
+    said = capsys.readouterr().err
+    assert said.count("sample 11 cannot be loaded: its JPEG") == 2  # once a loader
+    assert "sample 12 takes its place" in said
+
+
+def test_a_file_of_nothing_but_bad_samples_ends_the_iteration(copy):
+    content = bytearray(copy.read_bytes())
+    for record in ViewLoader(copy, TWO_VIEWS, seed=7, workers=1).records:
+        start, size = int(record["offset"]), int(record["size"])
+        content[start : start + size] = bytes(size)
+    copy.write_bytes(content)
+    with pytest.raises(LoaderError, match="neither can those before it, from sample 4 on"):
+        load(copy, np.array([[4]]), on_bad_sample="skip")
 
 
 @pytest.fixture
@@ -290,6 +397,45 @@ def test_an_early_stop_leaves_no_thread_and_no_open_file(jpeg_beton, leave):
     assert len(os.listdir("/proc/self/fd")) == files
 
 
+def test_a_file_larger_than_memory_is_streamed_or_refused(raw_beton, monkeypatch):
+    monkeypatch.setattr(loader_module, "available_memory", lambda: 1000)
+    assert ViewLoader(raw_beton, TWO_VIEWS, seed=0, workers=1, os_cache=None).os_cache is False
+    with pytest.raises(UserError, match=r"raw\.beton has 0\.0 GB.*set data\.os_cache=false"):
+        ViewLoader(raw_beton, TWO_VIEWS, seed=0, workers=1, os_cache=True)
+    monkeypatch.undo()
+    assert ViewLoader(raw_beton, TWO_VIEWS, seed=0, workers=1, os_cache=None).os_cache is True
+
+
+PEAK = """
+import sys
+from pathlib import Path
+import numpy as np
+from varscale.data.geometry import CropSpec
+from varscale.data.loader import ViewLoader
+sys.path.insert(0, "tools")
+from measuring import resident_growth
+loader = ViewLoader(Path(sys.argv[1]), [CropSpec(32, (0.9, 1.0))] * 2, seed=0, workers=2, batches_ahead=2)
+indices = np.resize(np.arange(loader.num_samples), (4, 4096))
+def run():
+    with loader.batches(indices, 0) as batches:
+        for batch in batches:
+            pass
+print(resident_growth(run))
+"""
+
+
+def test_memory_does_not_grow_with_a_batchs_images(tmp_path, repository):
+    # 4,096 images of 500x500 are 3.1 GB decoded; their views, 25 MB a batch.
+    random = np.random.default_rng(5)
+    path = write_beton(tmp_path / "x.beton", [smooth_image(random, 500, 500) for _ in range(8)], "jpg")
+    result = subprocess.run(
+        [sys.executable, "-c", PEAK, str(path)], capture_output=True, text=True, check=True, cwd=repository
+    )
+    batches = (2 + 1 + 1) * 4096 * 2 * 32 * 32 * 3  # ahead, handed over, and the consumer's last one
+    workers = 2 * (500 * 500 * 3 + 200_000)
+    assert batches * 0.5 < int(result.stdout) < (batches + workers) * 1.2 + 8e6
+
+
 @pytest.mark.parametrize("indices", [np.arange(4), np.array([[0, COUNT]]), np.array([[-2, 0]]), np.zeros((1, 2))])
 def test_indices_outside_the_file_are_refused(raw_beton, indices):
     loader = ViewLoader(raw_beton, TWO_VIEWS, seed=0, workers=1)
@@ -298,7 +444,8 @@ def test_indices_outside_the_file_are_refused(raw_beton, indices):
 
 
 @pytest.mark.parametrize(
-    ("crops", "options"), [((), {}), ((CropSpec(8, None), CropSpec(9, None)), {}), (TWO_VIEWS, {"workers": 0})]
+    ("crops", "options"),
+    [((), {}), ((CropSpec(8, None), CropSpec(9, None), CropSpec(8, None)), {}), (TWO_VIEWS, {"workers": 0})],
 )
 def test_senseless_arguments_are_refused(raw_beton, crops, options):
     with pytest.raises(ValueError):

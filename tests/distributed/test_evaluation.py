@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState
 from varscale.config import load_config
 from varscale.data.augment import Augmentation
 from varscale.data.conversion import convert
-from varscale.data.decoding import CropSpec
+from varscale.data.geometry import CropSpec
 from varscale.data.loader import ViewLoader
 from varscale.data.sources import open_source
 from varscale.engine.checkpoints import write_checkpoint

@@ -1,5 +1,6 @@
 """A rank that fails ends the others within seconds, and its own error is what a person reads."""
 
+import json
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 from PIL import Image
 
 from varscale.data.conversion import convert
-from varscale.data.decoding import CropSpec
+from varscale.data.geometry import CropSpec
 from varscale.data.loader import ViewLoader
 from varscale.data.sampling import epoch_order
 from varscale.data.sources import open_source
@@ -76,3 +77,15 @@ def test_without_a_launcher_that_ends_the_others(command, damaged, repository, f
     assert said[0].splitlines()[-1].startswith("error: another rank failed: rank 1: ")
     assert f"sample {damaged[1]} cannot be loaded" in said[0].splitlines()[-1]
     assert "Traceback" not in said[0] + said[1]
+
+
+@pytest.mark.parametrize("loader", ["ffcv", "torch"])
+def test_a_bad_sample_is_skipped_where_asked_for(launch, command, damaged, tmp_path, loader):
+    options = ["data.on_bad_sample=skip", f"data.loader={loader}", "data.augmentation=stacked_randaugment"]
+    done = launch(*command, *options, launcher="python")
+    assert done.returncode == 0, done.stderr
+    assert f"warning: {damaged[0]}/train.beton: sample {damaged[1]} cannot be loaded" in done.stderr
+    lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    lines = [line for line in lines if line["kind"] == "train"]
+    epochs = lines[-1]["step"] // (IMAGES // BATCH)
+    assert sum(line["bad_sample_count"] for line in lines) == epochs > 0

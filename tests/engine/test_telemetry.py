@@ -46,6 +46,15 @@ def test_the_meter_averages_and_starts_anew():
     assert meter.read() == {"loss": 5.0, "count": 1.0}
 
 
+def test_the_meter_adds_up_counts():
+    meter = Meter()
+    for values in ([1.0, 0.0], [0.0, 2.0]):
+        meter.add([{"bad_sample_count": torch.tensor(value)} for value in values])
+    assert meter.read() == {"bad_sample_count": 3.0}
+    meter.add([{"bad_sample_count": torch.tensor(0.0)}])
+    assert meter.read() == {"bad_sample_count": 0.0}
+
+
 def test_the_meter_takes_extremes_and_the_last_step_of_vectors():
     meter = Meter()
     for values in ([1.0, 4.0], [-2.0, 3.0]):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from varscale.data.augment import Augmentation
 from varscale.data.conversion import convert
-from varscale.data.decoding import CropSpec
+from varscale.data.geometry import CropSpec
 from varscale.data.loader import ViewLoader
 from varscale.data.sources import open_source
 from varscale.evaluation.features import Features, encode_batches, extract_features

@@ -37,9 +37,11 @@ class DataConfig(Section):
     augmentation: Literal[
         "simaugment", "byol", "simclr", "autoaugment", "randaugment", "stacked_randaugment", "crop_flip", "none"
     ] = "simaugment"
+    loader: Literal["ffcv", "torch"] = "ffcv"  # what decodes: torch is slower and needs no FFCV
     workers: NonNegativeInt = 0  # 0: this machine's cores, divided among its ranks
     batches_ahead: PositiveInt = 3
-    os_cache: bool = True
+    os_cache: bool | None = None  # null: where the file fits into the memory that is free
+    on_bad_sample: Literal["stop", "skip"] = "stop"
 
     @model_validator(mode="after")
     def _ranges_ascend(self) -> Self:

@@ -6,27 +6,31 @@ of threads; its memory maps end the process where a file was cut short, and its 
 order is truly random. What it stands on is used: the format and the compiled imdecode.
 
 A batch is cut into chunks, and worker threads decode them outside Python's lock. The chunks' futures carry an exception
-to the consumer. Memory: `batches_ahead` batches of views besides those that the consumer holds, and for every worker
-the largest image and the largest record of its chunk.
+to the consumer.
 """
 
 import os
+import sys
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Literal, NamedTuple, Self
 
 import numpy as np
 import torch
 
-from varscale.data.beton import BetonSummary, check_beton
-from varscale.data.decoding import DECODED, FAILURES, RECORD, CropSpec, decode_views, view_table
+from varscale.data.beton import check_beton
+from varscale.data.geometry import CropSpec, view_table, views_by_size
+from varscale.data.memory import available_memory
 from varscale.data.randomness import as_uint64
+from varscale.data.records import DAMAGED, DECODED, FAILURES, OTHER_SIZE, record_table
+from varscale.errors import UserError
 
 CHUNKS_PER_WORKER = 4  # small enough that workers finish a batch together, large enough that Python does not show
+MOST_SKIPPED_IN_A_ROW = 100  # more bad samples next to each other are no accident
 
 
 class LoaderError(RuntimeError):
@@ -36,13 +40,15 @@ class LoaderError(RuntimeError):
 class Batch(NamedTuple):
     """Views of N samples, the consumer's own: nothing is written to them again.
 
-    images: (N, V, H, W, 3) uint8 on the CPU, pinned where CUDA is there.
+    images: for each size of views one (N, V, size, size, 3) uint8 on the CPU, pinned where CUDA is there.
     labels: (N,) int64, -1 where the file has none. indices: (N,) int64, the samples' numbers in the file.
+    skipped: how many samples were bad, so that others stand in their places.
     """
 
-    images: torch.Tensor
+    images: tuple[torch.Tensor, ...]
     labels: torch.Tensor
     indices: torch.Tensor
+    skipped: int
 
 
 class ViewLoader:
@@ -50,18 +56,25 @@ class ViewLoader:
 
     The views are a pure function of the file and (seed, epoch, sample, view): neither workers nor batches change them.
 
+    Memory: `batches_ahead` batches of views and the one that is handed over, besides those that the consumer holds; for
+    every worker the largest image and the largest record of its chunk; 40 bytes a sample of the file.
+
     Args:
         beton: the file.
-        crops: one for each view; all of one size.
+        crops: one for each view; those of one size stand together.
         seed: of the crops and flips.
         workers: threads that decode.
         batches_ahead: how many batches are decoded before they are asked for.
         os_cache: leave the file to the operating system's cache, which serves the next epoch. False is for files larger
-            than memory: the records of coming batches are read ahead and dropped from the cache once decoded.
+            than memory: the records of coming batches are read ahead and dropped from the cache once decoded. None
+            decides by the memory that is free now.
+        on_bad_sample: "stop" raises; "skip" lets the next sound sample of the file take a damaged one's place.
+        decoder: "ffcv", or "torch" (`varscale.data.torch_decoding`), which is slower and needs no FFCV.
 
     Raises:
-        UserError: the file is missing, truncated or not a .beton with images.
-        ValueError: no crops, crops of several sizes, or numbers below 1.
+        UserError: the file is missing, truncated or not a .beton with images; it does not fit into the memory that
+            os_cache=True wants; FFCV is not installed.
+        ValueError: no crops, crops of one size apart from each other, or numbers below 1.
     """
 
     def __init__(
@@ -72,27 +85,39 @@ class ViewLoader:
         seed: int,
         workers: int,
         batches_ahead: int = 3,
-        os_cache: bool = True,
+        os_cache: bool | None = True,
+        on_bad_sample: Literal["stop", "skip"] = "stop",
+        decoder: Literal["ffcv", "torch"] = "ffcv",
     ) -> None:
-        sizes = {crop.size for crop in crops}
-        if len(sizes) != 1:
-            raise ValueError(f"crops must be at least one and all of one size, got sizes {sorted(sizes)}")
+        self.views, self.groups = view_table(crops), views_by_size(crops)
         if workers < 1 or batches_ahead < 1:
             raise ValueError(f"workers and batches_ahead must be at least 1, got {workers} and {batches_ahead}")
-        self.beton, self.workers, self.batches_ahead, self.os_cache = Path(beton), workers, batches_ahead, os_cache
+        self.beton, self.workers, self.batches_ahead = Path(beton), workers, batches_ahead
+        self.skips_bad_samples = on_bad_sample == "skip"
+        self.bad_samples: dict[int, str] = {}
         summary = check_beton(self.beton, num_classes=None, require_labels=False)
+        self.os_cache = _can_be_cached(self.beton) if os_cache is None else os_cache
+        if os_cache and not _can_be_cached(self.beton):
+            raise UserError(
+                f"{self.beton} has {_gigabytes(self.beton.stat().st_size)}, but only "
+                f"{_gigabytes(available_memory())} of memory are free to cache it: set data.os_cache=false to stream it"
+            )
         self.identity = _identity(os.stat(self.beton))
-        self.records = _records(summary)
+        self.records = record_table(summary)
         self.labels = np.full(summary.num_samples, -1, np.int64) if summary.labels is None else summary.labels
-        self.views = view_table(crops)
         self.seed = as_uint64(seed)[0]
-        self.view_size = sizes.pop()
         self.pinned = torch.cuda.is_available()
+        self._decode_views = _decode_views_of(decoder)
         self._compile()
 
     @property
     def num_samples(self) -> int:
         return len(self.records)
+
+    @property
+    def bytes_per_sample(self) -> int:
+        """Of one sample's views."""
+        return sum(count * size * size * 3 for size, count in self.groups)
 
     def batches(self, indices: np.ndarray, epoch: int) -> "ViewBatches":
         """Loads the samples of `indices`, batch by batch; decoding starts at once.
@@ -119,24 +144,52 @@ class ViewLoader:
 
     def _compile(self) -> None:
         """Compiles before any thread starts, on no sample."""
-        nothing = self._empty_images(0)
-        decode_views(-1, self.records, np.empty(0, np.int64), self.views, self.seed, self.seed, nothing.numpy())
+        nothing, no_images = np.empty(0, np.int64), np.empty(0, np.uint8)
+        self._decode_views(-1, self.records, nothing, 0, 0, self.views, self.seed, self.seed, no_images)
 
-    def _decode(self, file: int, epoch: np.uint64, indices: np.ndarray, images: np.ndarray) -> None:
-        """Fills `images` (n, V, H, W, 3) with the views of `indices`, in a worker thread."""
-        position, status = decode_views(file, self.records, indices, self.views, self.seed, epoch, images)
-        if status != DECODED:
-            raise LoaderError(f"{self.beton}: sample {indices[position]} cannot be loaded: {FAILURES[status]}")
+    def _decode(self, file: int, epoch: np.uint64, batch: np.ndarray, places: slice, images: np.ndarray) -> int:
+        """Fills in the views of `batch[places]`, in a worker thread; returns how many samples it had to replace there.
+
+        batch: (N,) the whole batch, into which the samples that take a bad one's place are written. images: its buffer.
+        """
+        first, replaced = places.start, 0
+        wanted = batch[places].copy()
+        while True:
+            position, status = self._decode_views(
+                file, self.records, batch[first : places.stop], first, len(batch), self.views, self.seed, epoch, images
+            )
+            if status == DECODED:
+                break
+            first += position
+            original = wanted[first - places.start]
+            replaced += batch[first] == original
+            batch[first] = self._instead(batch[first], original, status)
         if not self.os_cache:
-            self._advise(file, indices, os.POSIX_FADV_DONTNEED)
+            self._advise(file, wanted, os.POSIX_FADV_DONTNEED)
+        return int(replaced)
+
+    def _instead(self, bad: int, original: int, status: int) -> int:
+        """The sample that takes the place of a bad one; raises LoaderError where none may."""
+        message = f"{self.beton}: sample {bad} cannot be loaded: {FAILURES[status]}"
+        if not self.skips_bad_samples or status not in (DAMAGED, OTHER_SIZE):
+            raise LoaderError(message)
+        if (bad - original) % self.num_samples >= min(MOST_SKIPPED_IN_A_ROW, self.num_samples) - 1:
+            raise LoaderError(f"{message}, and neither can those before it, from sample {original} on")
+        instead = (bad + 1) % self.num_samples
+        if bad not in self.bad_samples:
+            self.bad_samples[int(bad)] = FAILURES[status]
+            print(f"warning: {message}; sample {instead} takes its place", file=sys.stderr)
+        return instead
 
     def _advise(self, file: int, indices: np.ndarray, advice: int) -> None:
         for record in self.records[indices]:
             os.posix_fadvise(file, int(record["offset"]), int(record["size"]), advice)
 
-    def _empty_images(self, count: int) -> torch.Tensor:
-        shape = (count, len(self.views), self.view_size, self.view_size, 3)
-        return torch.empty(shape, dtype=torch.uint8, pin_memory=self.pinned)
+    def _by_size(self, images: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
+        """The views of `count` samples in a batch's buffer."""
+        parts = images.split([count * views * size * size * 3 for size, views in self.groups])
+        shapes = [(count, views, size, size, 3) for size, views in self.groups]
+        return tuple(part.view(shape) for part, shape in zip(parts, shapes, strict=True))
 
 
 class ViewBatches:
@@ -145,7 +198,7 @@ class ViewBatches:
     def __init__(self, loader: ViewLoader, indices: np.ndarray, epoch: np.uint64) -> None:
         self._loader, self._epoch = loader, epoch
         self._coming = iter(indices)
-        self._pending: deque[tuple[Batch, list[Future]]] = deque()
+        self._pending: deque[tuple[np.ndarray, torch.Tensor, list[Future]]] = deque()
         try:
             self._file = os.open(loader.beton, os.O_RDONLY)
         except OSError as error:
@@ -171,15 +224,15 @@ class ViewBatches:
             self.close()
             raise StopIteration
         try:
-            batch, chunks = self._pending.popleft()
-            for chunk in chunks:
-                chunk.result()
+            indices, images, chunks = self._pending.popleft()
+            skipped = sum(chunk.result() for chunk in chunks)
             self._check_unchanged()
             self._schedule()
         except BaseException:
             self.close()
             raise
-        return batch
+        labels = torch.from_numpy(self._loader.labels[indices])
+        return Batch(self._loader._by_size(images, len(indices)), labels, torch.from_numpy(indices), skipped)
 
     def __enter__(self) -> Self:
         return self
@@ -211,30 +264,41 @@ class ViewBatches:
             return
         loader = self._loader
         indices = indices[indices >= 0]
-        images = loader._empty_images(len(indices))
-        batch = Batch(images, torch.from_numpy(loader.labels[indices]), torch.from_numpy(indices))
+        images = torch.empty(len(indices) * loader.bytes_per_sample, dtype=torch.uint8, pin_memory=loader.pinned)
         if not loader.os_cache:
             loader._advise(self._file, indices, os.POSIX_FADV_WILLNEED)
         chunk = max(1, -(-len(indices) // (loader.workers * CHUNKS_PER_WORKER)))
-        pixels = images.numpy()
         # The workers hold no reference to this iterator, so that dropping it closes it, and in the consumer's thread.
-        decode = partial(loader._decode, self._file, self._epoch)
+        decode = partial(loader._decode, self._file, self._epoch, indices)
         chunks = [
-            self._executor.submit(decode, indices[start : start + chunk], pixels[start : start + chunk])
+            self._executor.submit(decode, slice(start, min(start + chunk, len(indices))), images.numpy())
             for start in range(0, len(indices), chunk)
         ]
-        self._pending.append((batch, chunks))
+        self._pending.append((indices, images, chunks))
+
+
+def _decode_views_of(decoder: str) -> Callable[..., tuple[int, int]]:
+    if decoder == "torch":
+        from varscale.data.torch_decoding import decode_views
+
+        return decode_views
+    try:
+        from varscale.data.decoding import decode_views
+    except ImportError as error:
+        raise UserError(
+            f"{error}; see the README's section on FFCV, or set data.loader=torch, which is slower"
+        ) from None
+    return decode_views
+
+
+def _can_be_cached(path: Path) -> bool:
+    return path.stat().st_size <= available_memory()
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.1f} GB"
 
 
 def _identity(status: os.stat_result) -> tuple[int, int, int, int]:
     """What changes when a file is written to or replaced."""
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
-
-
-def _records(summary: BetonSummary) -> np.ndarray:
-    """Where every image lies: (N,) RECORD."""
-    records = np.zeros(summary.num_samples, RECORD)
-    records["offset"], records["size"] = summary.offsets, summary.num_bytes
-    records["height"], records["width"] = summary.heights, summary.widths
-    records["is_jpeg"] = summary.is_jpeg
-    return records

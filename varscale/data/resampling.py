@@ -20,19 +20,19 @@ def resample(source, rows, columns, flip, bicubic, destination):
     """Resize a crop of `source` into `destination`.
 
     source: (H, W, 3) uint8, C-contiguous. destination: (height, width, 3) uint8, C-contiguous, written.
-    rows, columns: each (start, length, resized, first): the lines [start, start + length) of the source are resized to
-        `resized` lines, of which those from `first` on are kept: for a plain crop, the destination's size and 0.
+    rows, columns: each (start, length, resized, first): the lines [start, start + length) of the source, which may
+        begin and end inside one, are resized to `resized` lines, of which those from `first` on are kept: for a plain
+        crop, the destination's size and 0.
     flip: mirror the result left to right. bicubic: the cubic filter (a = -0.5) in place of the triangle.
 
     Lines outside the crop do not enter the result, as if the crop had been cut out before.
     """
-    row_start, height = rows[0], rows[1]
-    column_start, width = columns[0], columns[1]
-    lines = source.reshape(source.shape[0], 3 * source.shape[1])
-    box = lines[row_start : row_start + height, 3 * column_start : 3 * (column_start + width)]
+    top, bottom = int(rows[0]), ceil(rows[0] + rows[1])
+    left, right = int(columns[0]), ceil(columns[0] + columns[1])
+    box = source.reshape(source.shape[0], 3 * source.shape[1])[top:bottom, 3 * left : 3 * right]
     output = destination.reshape(destination.shape[0], 3 * destination.shape[1])
-    row_weights = _axis_weights(height, rows[2], rows[3], destination.shape[0], bicubic)
-    column_weights = _axis_weights(width, columns[2], columns[3], destination.shape[1], bicubic)
+    row_weights = _axis_weights(rows, destination.shape[0], bicubic)
+    column_weights = _axis_weights(columns, destination.shape[1], bicubic)
     # The cubic filter overshoots and the 8 bits in between clip it, so that the order of the passes shows: columns
     # first, as torch does. The triangle never clips: rows first leaves less to the pass that does not vectorise.
     if bicubic:
@@ -63,12 +63,15 @@ def _columns_first(box, row_weights, column_weights, flip, output):
 
 
 @compiled
-def _axis_weights(length, resized, first, count, bicubic):
-    """Weights of the output lines first ... first + count - 1 when `length` lines are resized to `resized`.
+def _axis_weights(lines, count, bicubic):
+    """Weights of `count` output lines, for lines = (start, length, resized, first) as `resample` takes them.
 
-    Returns the first input line of each output line (count,), how many it takes (count,), their weights (count, taps)
-    int32, and the number of fractional bits of the weights.
+    Returns the first input line of each output line, from int(start) on, (count,), how many it takes (count,), their
+    weights (count, taps) int32, and the number of fractional bits of the weights.
     """
+    start_line, length, resized, first = lines
+    offset = start_line - int(start_line)
+    available = ceil(start_line + length) - int(start_line)
     scale = length / resized
     stretch = max(scale, 1.0)
     support = (2.0 if bicubic else 1.0) * stretch
@@ -77,9 +80,9 @@ def _axis_weights(length, resized, first, count, bicubic):
     counts = np.empty(count, np.int64)
     exact = np.zeros((count, taps), np.float64)
     for line in range(count):
-        centre = (first + line + 0.5) * scale
+        centre = offset + (first + line + 0.5) * scale
         start = max(int(centre - support + 0.5), 0)
-        stop = min(int(centre + support + 0.5), length)
+        stop = min(int(centre + support + 0.5), available)
         total = 0.0
         for tap in range(stop - start):
             distance = abs((start + tap - centre + 0.5) / stretch)

@@ -32,6 +32,8 @@ class MicroBatch(NamedTuple):
     """(N,) int64; -1 where the data has none."""
     indices: Tensor
     """(N,) int64: which samples these are."""
+    bad_samples: int = 0
+    """How many samples could not be loaded, so that others stand in their places."""
 
 
 class Learner(Protocol):

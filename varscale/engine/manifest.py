@@ -15,7 +15,7 @@ from varscale.files import replace_text
 
 # Sections and keys that may differ between a run and its continuation without changing what is computed.
 FREE = {"name", "output_dir", "deepspeed", "checkpoint", "logging", "online_knn"}
-FREE_KEYS = {"data.dir", "data.workers", "data.batches_ahead", "data.os_cache"} | {
+FREE_KEYS = {"data.dir", "data.workers", "data.batches_ahead", "data.os_cache", "data.on_bad_sample"} | {
     f"batch.{key}" for key in ("micro_batch_size", "gradient_accumulation_steps", "max_micro_batch_size")
 }
 

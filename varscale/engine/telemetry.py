@@ -26,9 +26,9 @@ SHOWN = ("loss", "kl", "nll", "cosine", "lr", "images_per_second")  # on the pro
 class Meter:
     """What the terms of steps come to over micro-batches, steps and ranks; kept on their device until it is read.
 
-    Scalars are averaged over all steps since the last reading, those whose name ends in _min or _max are the least or
-    greatest. Vectors and matrices are averaged over the last step alone: what is derived from them, like a variance
-    from means, must belong to one state of the network.
+    Scalars are averaged over all steps since the last reading; those whose name ends in _min or _max are the least or
+    greatest, those in _count the sum. Vectors and matrices are averaged over the last step alone: what is derived from
+    them, like a variance from means, must belong to one state of the network.
     """
 
     def __init__(self) -> None:
@@ -36,7 +36,8 @@ class Meter:
 
     def _start_anew(self) -> None:
         self.steps = 0
-        self.sums: dict[str, Tensor] = {}
+        self.sums: dict[str, Tensor] = {}  # over steps, of averages over micro-batches
+        self.counts: dict[str, Tensor] = {}
         self.latest: dict[str, Tensor] = {}
         self.extremes: dict[str, Tensor] = {}  # of the negative value for _min
 
@@ -48,6 +49,8 @@ class Meter:
             if name.endswith(("_min", "_max")):
                 extreme = (values * _sign(name)).max()
                 self.extremes[name] = extreme.maximum(self.extremes.get(name, extreme))
+            elif name.endswith("_count"):
+                self.counts[name] = self.counts.get(name, 0.0) + values.sum()
             elif values.ndim > 1:
                 self.latest[name] = values.mean(dim=0)
             else:
@@ -57,7 +60,7 @@ class Meter:
         """What was added on every rank since the last call, in float64 on the CPU. A collective."""
         means = {name: total / self.steps for name, total in self.sums.items()} | self.latest
         shares = {name: mean / dist.get_world_size() for name, mean in means.items()}
-        found = _all_reduce(shares, dist.ReduceOp.SUM)
+        found = _all_reduce(shares | self.counts, dist.ReduceOp.SUM)
         found |= {name: _sign(name) * value for name, value in _all_reduce(self.extremes, dist.ReduceOp.MAX).items()}
         self._start_anew()
         return found

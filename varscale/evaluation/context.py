@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from varscale.data.augment import Augmentation
-from varscale.data.decoding import CropSpec
+from varscale.data.geometry import CropSpec
 from varscale.data.loader import ViewLoader
 from varscale.evaluation.features import Encode, Features, Gather, encode_batches, extract_features, gather_rows
 

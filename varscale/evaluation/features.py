@@ -122,7 +122,7 @@ def encode_batches(
     with closing(loader.batches(np.where(positions >= 0, order[positions], -1), epoch)) as batches:
         for batch in batches:
             indices = _fill(batch.indices, batch_size, -1)
-            images = _fill(batch.images, batch_size, 0).to(device, non_blocking=True)
+            images = _fill(batch.images[0], batch_size, 0).to(device, non_blocking=True)
             labels = gather(_fill(batch.labels, batch_size, -1).to(device))
             features = gather(encode(augmentation(images, indices, epoch)).float())
             indices = gather(indices.to(device))

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from varscale.config import Config
 from varscale.data.dataset import DatasetInfo
-from varscale.data.decoding import CropSpec
+from varscale.data.geometry import CropSpec
 from varscale.evaluation import knn
 from varscale.evaluation.context import Context, Images, Place, Settings
 
