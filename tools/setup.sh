@@ -7,8 +7,7 @@ usage() {
     cat <<'USAGE'
 usage: tools/setup.sh [--wheelhouse DIR] [--check]
 
-  --wheelhouse DIR  install from a folder of wheels, without a network; made on a machine like this one, once set up, by
-                    .venv/bin/python -m pip wheel --no-build-isolation -r requirements.lock -w DIR
+  --wheelhouse DIR  install from a folder made by tools/build_wheelhouse.sh, without network, compiler or root
   --check           say what is missing, change nothing (exit 2 if anything is)
 
 environment: PYTHON  the interpreter to build .venv with (3.11 or later)
@@ -58,7 +57,11 @@ find_python() {
     done
 }
 
-have_ffcv() { "$venv/bin/python" -c 'import ffcv._libffcv' 2>/dev/null; }
+# The library alone, as varscale does: `import ffcv` imports OpenCV too, which wants X11 and OpenGL of the system.
+load_ffcv() {
+    "$venv/bin/python" -c 'import ctypes, sys; ctypes.CDLL(sys.argv[1])' "$venv"/lib/python3*/site-packages/ffcv/_libffcv*.so
+}
+have_ffcv() { load_ffcv 2>/dev/null; }
 ffcv_wheel() { [ -n "$wheelhouse" ] && compgen -G "$wheelhouse/ffcv-*.whl" >/dev/null; }
 
 # FFCV is compiled here unless it is installed or comes as a wheel: that takes a compiler, OpenCV and TurboJPEG.
@@ -95,7 +98,7 @@ if [ -n "$missing" ]; then
 setup: FFCV is compiled on this machine, and these system packages are missing: $missing
 setup: either  have an administrator run:  apt-get install ${packages[*]}
 setup: or      with conda, no administrator:  conda install -c conda-forge cxx-compiler pkg-config opencv libjpeg-turbo
-setup: or      bring a folder with an FFCV wheel built elsewhere:  tools/setup.sh --wheelhouse DIR
+setup: or      on another machine run tools/build_wheelhouse.sh DIR, and here:  tools/setup.sh --wheelhouse DIR
 MISSING
         exit 2
     fi
@@ -122,11 +125,11 @@ if ! "$venv/bin/uv" --version >/dev/null 2>&1; then
 fi
 uv() { VIRTUAL_ENV=$venv "$venv/bin/uv" "$@"; }
 
-say "installing the packages of $lock into .venv (about 5 GB; FFCV and DeepSpeed are built)"
+say "installing the packages of $lock into .venv (about 5 GB)"
 uv pip install --quiet "${source_options[@]}" "$(grep '^setuptools==' "$lock" | cut -d' ' -f1)"
 uv pip install "${source_options[@]}" -r "$lock" || fail "the packages could not be installed (see above)"
 uv pip install --quiet --no-deps --no-build-isolation "${source_options[@]}" -e . || fail "varscale itself could not be installed"
 
-have_ffcv || fail "FFCV was installed but does not load: $("$venv/bin/python" -c 'import ffcv._libffcv' 2>&1 | tail -n 1)"
+have_ffcv || fail "FFCV was installed but does not load: $(load_ffcv 2>&1 | tail -n 1)"
 fingerprint >"$stamp"
 say "ready: .venv/bin/python"

@@ -80,6 +80,15 @@ def test_a_wheelhouse_that_lacks_packages_is_refused(setup, tmp_path):
     assert f"{tmp_path / 'wheels'} must hold wheels of all of requirements.lock" in said.splitlines()[-1]
 
 
+def test_a_wheelhouse_with_ffcv_takes_no_compiler(setup, tmp_path):
+    (tmp_path / "wheels").mkdir()
+    (tmp_path / "wheels" / "ffcv-1.0.2-cp311-abi3-manylinux_2_34_x86_64.whl").touch()
+    code, said, _ = setup("--wheelhouse", tmp_path / "wheels", "--check")
+    assert code == 2, said
+    assert "missing system packages" not in said
+    assert "missing or out of date:" in said
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
