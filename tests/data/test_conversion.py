@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from varscale.data import images, libffcv
 from varscale.data.beton import ALLOCATION, FIELD, HEADER, MODE_JPEG, MODE_RAW, SAMPLE, check_beton
 from varscale.data.conversion import UndecodableFiles, channel_statistics, convert, estimated_bytes
-from varscale.data.dataset import read_dataset_info
+from varscale.data.dataset import read_dataset_info, sample_name
 from varscale.data.images import ImageOptions
 from varscale.data.sources import ArraySplit, Source, open_source
 from varscale.errors import UserError
@@ -82,7 +82,7 @@ def convert_one(tmp_path, name, content, **options):
     """The stored form of one image file of the class cat, beside the good images."""
     source = folder_source(tmp_path / "in", {f"cat/{name}": content})
     conversion = convert(source, tmp_path / "out", image_options=ImageOptions(**options))
-    index = source.train.files.index(f"cat/{name}")
+    index = source.train.files.index(f"train/cat/{name}")
     return stored(tmp_path / "out" / "train.beton")[index], conversion
 
 
@@ -192,7 +192,7 @@ def test_a_damaged_jpeg_that_pillow_overlooks_is_mended_and_named(tmp_path):
         pytest.fail("FFCV's decoder accepts every damage")
     sample, conversion = convert_one(tmp_path, "a.jpg", bytes(content))
     assert conversion.storage == {"mended": 1, "raw": 4}
-    assert conversion.mended == [f"{tmp_path}/in/train/cat/a.jpg"]
+    assert conversion.mended == ["train/cat/a.jpg"]
     assert np.abs(pixels_of(sample).astype(int) - seen).mean() < 6
     assert images._decode_as_loader(sample[3], Image.open(io.BytesIO(sample[3]))) is not None
 
@@ -328,7 +328,7 @@ def test_undecodable_files_are_all_named_and_nothing_is_left(tmp_path, workers):
         convert(source, tmp_path / "new" / "out", workers=workers)
     assert len(caught.value.reports) == 7
     for name, (_, reason) in BAD.items():
-        (report,) = [r for r in caught.value.reports if r.startswith(f"{tmp_path}/in/train/cat/{name}.jpg: ")]
+        (report,) = [r for r in caught.value.reports if r.startswith(f"train/cat/{name}.jpg: ")]
         assert reason in report
         assert "\n" not in report
     assert sorted(os.listdir(tmp_path)) == ["in"]
@@ -341,7 +341,7 @@ def test_skip_bad_leaves_them_out_and_names_them(tmp_path):
     assert conversion.info.counts == {"train": (1, 2), "val": (1, 1)}
     lines = (tmp_path / "out" / "skipped.txt").read_text().splitlines()
     assert len(lines) == 6
-    assert lines[0] == f"{tmp_path}/in/train/cat/empty.jpg: the file is empty"
+    assert lines[0] == "train/cat/empty.jpg: the file is empty"
     labels = check_beton(tmp_path / "out" / "train.beton", num_classes=2, require_labels=True).labels
     np.testing.assert_array_equal(labels, [0, 1, 1])
     assert "skipped.txt" not in os.listdir(convert(array_source(), tmp_path / "whole").directory)
@@ -363,6 +363,35 @@ def test_a_file_that_vanishes_is_no_bad_image(tmp_path):
     assert os.listdir(tmp_path) == ["in"]
 
 
+# --- the samples' names
+
+
+def test_names_follow_the_samples_without_those_left_out(tmp_path):
+    odd = os.fsdecode(b"dog/line\nbreak \xff.png")
+    train = {"cat/a.jpg": GOOD, "cat/b.jpg": b"?", odd: encoded(picture(20, 10), "PNG")}
+    out = convert(folder_source(tmp_path / "in", train), tmp_path / "out", skip_bad=True).directory
+    expected = ["train/cat/a.jpg", "train/cat/good.png", "train/dog/good.png", f"train/{odd}".replace("\n", "\\n")]
+    assert [sample_name(out, "train", index) for index in range(4)] == expected
+    assert stored(out / "train.beton")[3][1:3] == (20, 10)
+    assert sample_name(out, "train", 4) is None
+
+
+def test_array_samples_are_named_by_their_place(tmp_path):
+    out = convert(array_source(), tmp_path / "out").directory
+    assert sample_name(out, "train", 17) == "x_train[17]"
+    assert sample_name(out, "val", 0) == "x_test[0]"
+
+
+def test_a_data_set_without_names_is_read_and_replaced_as_before(tmp_path):
+    out = convert(array_source(), tmp_path / "out").directory
+    for split in ("train", "val"):
+        (out / f"{split}.names.txt").unlink()
+    assert sample_name(out, "train", 0) is None
+    assert read_dataset_info(out).num_samples("train") == 70
+    convert(array_source(20), out, overwrite=True)
+    assert sample_name(out, "train", 0) == "x_train[0]"
+
+
 # --- the folder that is made
 
 
@@ -376,7 +405,13 @@ def test_an_empty_folder_is_filled_and_a_data_set_is_replaced_only_if_asked(tmp_
     (out / "skipped.txt").write_text("from before")
     convert(array_source(30), out, overwrite=True)
     assert read_dataset_info(out).num_samples("train") == 30
-    assert sorted(os.listdir(out)) == ["dataset.json", "train.beton", "val.beton"]
+    assert sorted(os.listdir(out)) == [
+        "dataset.json",
+        "train.beton",
+        "train.names.txt",
+        "val.beton",
+        "val.names.txt",
+    ]
     assert os.listdir(tmp_path) == ["out"]
 
 

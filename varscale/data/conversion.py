@@ -1,4 +1,4 @@
-"""Converts a source of images into train.beton, val.beton and dataset.json: all of it, or nothing."""
+"""Converts a source of images into train.beton, val.beton, names and dataset.json: all of it, or nothing."""
 
 import hashlib
 import math
@@ -20,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from varscale.data.beton import ALLOCATION, SAMPLE, SMALLEST_PAGE, BetonWriter, check_beton
-from varscale.data.dataset import INFO_FILE, SPLITS, DatasetInfo, write_dataset_info
+from varscale.data.dataset import INFO_FILE, SPLITS, DatasetInfo, names_file, write_dataset_info, write_names
 from varscale.data.images import ImageOptions, StoredChunk, StoredImage, encode_chunk
 from varscale.data.sources import Source, Split
 from varscale.data.staging import check_target, staged_directory
@@ -29,7 +29,10 @@ from varscale.errors import UserError
 CHUNK = 32  # images a task: small enough to keep few in memory, large enough to hide a task's cost
 PROBES = 64  # images a split that are encoded to foresee the size of the result
 SKIPPED_FILE = "skipped.txt"
-RESULT = {"required": ("train.beton", "val.beton", INFO_FILE), "optional": (SKIPPED_FILE,)}
+RESULT = {
+    "required": ("train.beton", "val.beton", INFO_FILE),
+    "optional": (*(names_file(split) for split in SPLITS), SKIPPED_FILE),
+}
 
 Encoder = Callable[[Split], Iterator[StoredChunk]]
 
@@ -73,8 +76,8 @@ class _Part:
     heights: set[int] = field(default_factory=set)
     widths: set[int] = field(default_factory=set)
     storage: Counter[str] = field(default_factory=Counter)
-    mended: list[str] = field(default_factory=list)
-    undecodable: list[str] = field(default_factory=list)
+    mended: list[int] = field(default_factory=list)  # positions in the source
+    undecodable: dict[int, str] = field(default_factory=dict)  # the reasons by position in the source
 
     @property
     def image_sizes(self) -> dict[str, int]:
@@ -119,7 +122,12 @@ def convert(
         with _chunk_encoder(workers, options) as encode:
             for name in SPLITS:
                 parts[name] = _write_split(stage / f"{name}.beton", source, name, encode, digest, progress)
-        undecodable = [report for part in parts.values() for report in part.undecodable]
+        splits = {name: getattr(source, name) for name in SPLITS}
+        undecodable = [
+            f"{splits[name].name(index)}: {reason}"
+            for name, part in parts.items()
+            for index, reason in part.undecodable.items()
+        ]
         if undecodable and not skip_bad:
             num_samples = len(source.train.labels) + len(source.val.labels)
             raise UndecodableFiles(source.spec, undecodable, num_samples)
@@ -127,6 +135,9 @@ def convert(
         if undecodable:
             lines = "\n".join(undecodable) + "\n"
             (stage / SKIPPED_FILE).write_text(lines, encoding="utf-8", errors="surrogateescape")
+        for name, split in splits.items():
+            written = (index for index in range(len(split.labels)) if index not in parts[name].undecodable)
+            write_names(stage, name, map(split.name, written))
         info = _describe(source, options, parts, digest.hexdigest())
         write_dataset_info(stage, info)
         betons = [stage / f"{name}.beton" for name in SPLITS]
@@ -134,7 +145,7 @@ def convert(
             check_beton(beton, num_classes=info.num_classes, require_labels=True)
         num_bytes = sum(beton.stat().st_size for beton in betons)
     storage = sum((part.storage for part in parts.values()), Counter())
-    mended = [name for part in parts.values() for name in part.mended]
+    mended = [splits[name].name(index) for name, part in parts.items() for index in part.mended]
     return Conversion(directory, info, storage, mended, num_bytes)
 
 
@@ -188,9 +199,9 @@ def _write_split(
             for image in chunk.images:
                 if isinstance(image, StoredImage):
                     _write_image(writer, part, digest, image, int(split.labels[index]))
-                    part.mended += [split.name(index)] * (image.storage == "mended")
+                    part.mended += [index] * (image.storage == "mended")
                 else:
-                    part.undecodable.append(f"{split.name(index)}: {image}")
+                    part.undecodable[index] = image
                 index += 1
             part.histogram += chunk.histogram
             bar.update(len(chunk.images))

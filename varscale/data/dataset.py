@@ -1,14 +1,25 @@
-"""A converted data set on the disk: train.beton, val.beton and dataset.json, which describes both."""
+"""A converted data set on the disk: train.beton, val.beton, their samples' names, and dataset.json about them all."""
 
 import dataclasses
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from varscale.data.beton import BetonSummary, check_beton
 from varscale.errors import UserError
 
-__all__ = ["BetonSummary", "DatasetInfo", "check_beton", "read_dataset_info", "write_dataset_info"]
+__all__ = [
+    "BetonSummary",
+    "DatasetInfo",
+    "check_beton",
+    "names_file",
+    "read_dataset_info",
+    "sample_name",
+    "write_dataset_info",
+    "write_names",
+]
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "val")
@@ -80,6 +91,33 @@ def read_dataset_info(directory: Path) -> DatasetInfo:
         return _from_json(content)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error}); convert the data set again") from None
+
+
+def names_file(split: str) -> str:
+    """The file that holds the names of a split's samples."""
+    return f"{split}.names.txt"
+
+
+def write_names(directory: Path, split: str, names: Iterable[str]) -> None:
+    """Writes the names of a split's samples, in their order: one a line, a line break in a name as \\n."""
+    with open(
+        Path(directory) / names_file(split), "w", encoding="utf-8", errors="surrogateescape", newline="\n"
+    ) as file:
+        for name in names:
+            file.write(name.replace("\n", "\\n") + "\n")
+
+
+def sample_name(directory: Path, split: str, index: int) -> str | None:
+    """What a sample was called in its source, such as `train/cat/7.jpg` or `x_train[17]`.
+
+    None where the data set keeps no names: an earlier varscale made it, or another program.
+    """
+    try:
+        with open(Path(directory) / names_file(split), "rb") as file:
+            line = next(islice(file, index, None), None)
+    except OSError:
+        return None
+    return None if line is None else line.decode("utf-8", "surrogateescape").removesuffix("\n")
 
 
 def _read_json(path: Path) -> object:

@@ -32,7 +32,7 @@ class Split(Protocol):
         """A path of a JPEG or PNG file, or a uint8 array (height, width, 3) or (height, width)."""
 
     def name(self, index: int) -> str:
-        """What a message calls this image."""
+        """What people call this image: its path relative to the source, or its place in an array."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class ArraySplit:
 
 @dataclass(frozen=True)
 class FileSplit:
-    """Image files under one folder, by their paths relative to it."""
+    """Image files under the source's folder, by their paths relative to it."""
 
     folder: Path
     files: list[str]
@@ -62,7 +62,7 @@ class FileSplit:
         return os.path.join(self.folder, self.files[index])
 
     def name(self, index: int) -> str:
-        return self.content(index)
+        return self.files[index]
 
 
 @dataclass(frozen=True)
@@ -251,7 +251,7 @@ def _imagefolder(spec: str, root: Path) -> Source:
     if not classes:
         raise UserError(f"{root / 'train'} has no class folders")
     ignored: Counter[str] = Counter()
-    train, val = (_file_split(root / split, classes, ignored) for split in ("train", "val"))
+    train, val = (_file_split(root, split, classes, ignored) for split in ("train", "val"))
     kinds = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in ignored.most_common(5))
     notes = (f"ignored {ignored.total():,} files that are not .jpg, .jpeg or .png: {kinds}",) if ignored else ()
     return Source(spec, tuple(classes), train, val, notes=notes)
@@ -264,15 +264,16 @@ def _folders(folder: Path) -> list[Path]:
         raise UserError(f"cannot read the folder {folder}: {error.strerror}") from None
 
 
-def _file_split(folder: Path, classes: list[str], ignored: Counter[str]) -> FileSplit:
+def _file_split(root: Path, split: str, classes: list[str], ignored: Counter[str]) -> FileSplit:
     files, labels = [], []
     for label, name in enumerate(classes):
-        members = [os.path.relpath(path, folder) for path in _image_files(folder / name, ignored)]
+        folder = root / split / name
+        members = [os.path.relpath(path, root) for path in _image_files(folder, ignored)]
         if not members:
-            raise UserError(f"the class folder {folder / name} holds no .jpg, .jpeg or .png file")
+            raise UserError(f"the class folder {folder} holds no .jpg, .jpeg or .png file")
         files += members
         labels.append(np.full(len(members), label, np.int64))
-    return FileSplit(folder, files, np.concatenate(labels))
+    return FileSplit(root, files, np.concatenate(labels))
 
 
 def _image_files(folder: Path, ignored: Counter[str]) -> Iterator[str]:
