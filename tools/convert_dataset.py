@@ -19,7 +19,8 @@ from varscale.errors import UserError
 NAMED_FILES = 20  # undecodable files named on the screen
 
 DESCRIPTION = """\
-Writes OUT_DIR/train.beton, val.beton (FFCV's format) and dataset.json: all of them, or nothing.
+Writes OUT_DIR/train.beton, val.beton (FFCV's format), the samples' names and dataset.json: all of them, or nothing.
+An interrupted conversion keeps its work beside OUT_DIR; the same command, given again, goes on with it.
 
 sources:
   digits           scikit-learn's 1,797 handwritten digits; a stratified fifth is held out as val
@@ -57,6 +58,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--workers", metavar="N", type=_whole(1, 1024), help="processes (default: the cores)")
     parser.add_argument("--skip-bad", action="store_true", help="leave out undecodable images; skipped.txt names all")
     parser.add_argument("--overwrite", action="store_true", help="replace the data set that OUT_DIR holds")
+    parser.add_argument("--fresh", action="store_true", help="drop what an interrupted conversion has kept")
     parser.add_argument("--image-size", type=int, choices=DIGIT_SIZES, help="digits: side in pixels (default: 32)")
     parser.add_argument("--download-dir", metavar="DIR", type=Path, help="cifar10, cifar100: default ~/.cache/varscale")
     return parser.parse_args(arguments)
@@ -114,20 +116,25 @@ def main(arguments: list[str] | None = None) -> int:
             workers=options.workers or len(os.sched_getaffinity(0)),
             skip_bad=options.skip_bad,
             overwrite=options.overwrite,
+            fresh=options.fresh,
             progress=True,
         )
     except UserError as error:
         if isinstance(error, UndecodableFiles):
             _name_files("undecodable:", error.reports)
-        print(f"convert_dataset.py: {error}", file=sys.stderr)
+        _complain(str(error), error)
         return 2
-    except KeyboardInterrupt:
-        print("convert_dataset.py: interrupted, nothing was written", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        _complain("interrupted", interrupt)
         return 130
     if conversion.mended:
         _name_files("damaged, but not beyond decoding (look at them):", conversion.mended)
     show(conversion)
     return 0
+
+
+def _complain(message: str, error: BaseException) -> None:
+    print(f"convert_dataset.py: {message}", *getattr(error, "__notes__", []), sep="; ", file=sys.stderr)
 
 
 def _name_files(title: str, names: list[str]) -> None:
@@ -137,5 +144,5 @@ def _name_files(title: str, names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a terminated conversion cleans up as well
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a terminated conversion keeps its work as well
     sys.exit(main())

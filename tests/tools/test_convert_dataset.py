@@ -128,7 +128,10 @@ def test_bad_files_are_named_then_skipped(main, tmp_path, capsys):
     assert errors.count("not a JPEG or PNG image") == 20
     assert "train/bee/bad000.jpg: not a JPEG or PNG image" in errors
     assert "and 5 more" in errors
-    assert re.search(r"convert_dataset.py: imagefolder:.*: 25 of 35 images cannot be decoded.*--skip-bad\n$", errors)
+    assert re.search(
+        r"convert_dataset.py: imagefolder:.*: 25 of 35 images cannot be decoded.*--skip-bad; 35 of 35 images are kept",
+        errors,
+    )
     assert not out.exists()
 
     assert main([source, str(out), "--workers", "1", "--skip-bad"]) == 0
@@ -155,7 +158,7 @@ def running(tmp_path):
     options = {"start_new_session": True, "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **options) as process:
         deadline = time.monotonic() + 60
-        while not any(path.stat().st_size > 2**22 for path in tmp_path.glob("new/.out.*.partial/train.beton")):
+        while not any(path.stat().st_size > 2**23 for path in tmp_path.glob("new/.out.partial/result/train.beton")):
             assert process.poll() is None, process.stderr.read()
             assert time.monotonic() < deadline
             time.sleep(0.02)
@@ -163,17 +166,28 @@ def running(tmp_path):
         process.kill()
 
 
+def assert_goes_on(running, errors, tmp_path):
+    """What `errors` says is kept is where the same command, given again, goes on."""
+    kept = re.search(r"; ([\d,]+) of 6,004 images are kept in .*/new/\.out\.partial; the same command goes on", errors)
+    assert kept, errors
+    assert os.listdir(tmp_path / "new") == [".out.partial"]
+    again = subprocess.run(running.args, capture_output=True, text=True, timeout=120)
+    assert f"note: going on after {kept[1]} of 6,004 images\n" in again.stderr
+    assert read_dataset_info(tmp_path / "new" / "out").num_samples("train") == 6000
+    assert os.listdir(tmp_path / "new") == ["out"]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_conversion_leaves_nothing(running, tmp_path, number):
+def test_an_interrupted_conversion_tells_what_it_keeps(running, tmp_path, number):
     if number == signal.SIGINT:
         os.killpg(running.pid, number)  # a terminal's Ctrl-C reaches the workers, too
     else:
         running.send_signal(number)
     _, errors = running.communicate(timeout=20)
     assert running.returncode == 130
-    assert errors.endswith("convert_dataset.py: interrupted, nothing was written\n")
+    assert "convert_dataset.py: interrupted; " in errors
     assert "Traceback" not in errors
-    assert os.listdir(tmp_path) == ["in"]
+    assert_goes_on(running, errors, tmp_path)
 
 
 def children(process_id):
@@ -198,11 +212,11 @@ def test_workers_end_with_a_killed_conversion(running):
         time.sleep(0.05)
 
 
-def test_a_killed_worker_is_told_and_leaves_nothing(running, tmp_path):
+def test_a_killed_worker_is_told(running, tmp_path):
     workers = [child for child in children(running.pid) if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
     os.kill(workers[-1], signal.SIGKILL)
     _, errors = running.communicate(timeout=20)
     assert running.returncode == 2
     assert "convert_dataset.py: a worker process died" in errors
     assert "Traceback" not in errors
-    assert os.listdir(tmp_path) == ["in"]
+    assert_goes_on(running, errors, tmp_path)

@@ -41,6 +41,7 @@ RECORDS = {
     TENSOR_ID: np.dtype("<u8"),
 }
 SAMPLE = np.dtype([("image", IMAGE), ("label", RECORDS[INT_ID])], align=True)
+ENTRY = np.dtype([("sample", SAMPLE), ("size", "<u8")])  # what a writer must remember of a sample
 
 
 class BetonWriter:
@@ -50,17 +51,25 @@ class BetonWriter:
     exception leaves an incomplete file, which `check_beton` and FFCV refuse.
 
     Args:
-        path: the file to make; it must not exist.
-        capacity: the largest number of samples that will be appended.
+        path: the file to make.
+        capacity: the largest number of samples that will be in it.
+        entries: (N, ENTRY), those of an earlier writer of this file: it is cut back to them and gone on with.
     """
 
-    def __init__(self, path: Path, capacity: int) -> None:
-        self._samples = np.zeros(capacity, SAMPLE)
-        self._allocations = np.zeros(capacity, ALLOCATION)
+    def __init__(self, path: Path, capacity: int, entries: np.ndarray | None = None) -> None:
+        self._entries = np.zeros(capacity, ENTRY)
         self._page_size = SMALLEST_PAGE
-        self._position = _round_up(HEADER.itemsize + 2 * FIELD.itemsize + self._samples.nbytes, SMALLEST_PAGE)
+        self._position = _round_up(HEADER.itemsize + 2 * FIELD.itemsize + capacity * SAMPLE.itemsize, SMALLEST_PAGE)
         self.num_samples = 0
-        self._file: BinaryIO = open(path, "xb", buffering=1 << 20)  # noqa: SIM115  closed by __exit__
+        if entries is None or not len(entries):
+            self._file: BinaryIO = open(path, "wb", buffering=1 << 20)  # noqa: SIM115  closed by __exit__
+            return
+        self.num_samples = len(entries)
+        self._entries[: self.num_samples] = entries
+        self._grow_pages(int(entries["size"].max()))
+        self._position = int(entries["sample"]["image"]["pointer"][-1] + entries["size"][-1])
+        self._file = open(path, "r+b", buffering=1 << 20)  # noqa: SIM115
+        self._file.truncate(self._position)
 
     def __enter__(self) -> Self:
         return self
@@ -70,33 +79,50 @@ class BetonWriter:
             if error is None:
                 self._finish()
 
+    @property
+    def entries(self) -> np.ndarray:
+        """What another writer needs to go on from here: (num_samples, ENTRY)."""
+        return self._entries[: self.num_samples]
+
     def append(self, mode: int, height: int, width: int, data: bytes, label: int) -> None:
         """Adds one sample: its bytes (a JPEG, or height x width x 3 raw values), and its label."""
-        # Pages may grow while writing: what lies within a small page lies within the larger page around it.
-        while len(data) > self._page_size:
-            self._page_size *= 2
-        if self._page_size > LARGEST_PAGE:
-            raise ValueError(f"data holds {len(data):,} bytes, but a sample may hold at most {LARGEST_PAGE:,}")
+        self._grow_pages(len(data))
         if self._position % self._page_size + len(data) > self._page_size:
             self._position = _round_up(self._position, self._page_size)
         if self._file.tell() != self._position:
             self._file.seek(self._position)
         self._file.write(data)
-        self._samples[self.num_samples] = ((mode, width, height, self._position), label)
-        self._allocations[self.num_samples] = (self.num_samples, self._position, len(data))
+        self._entries[self.num_samples] = (((mode, width, height, self._position), label), len(data))
         self._position += len(data)
         self.num_samples += 1
 
+    def sync(self) -> None:
+        """Forces to the disk what has been appended."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def _grow_pages(self, size: int) -> None:
+        # Pages may grow while writing: what lies within a small page lies within the larger page around it.
+        while size > self._page_size:
+            self._page_size *= 2
+        if self._page_size > LARGEST_PAGE:
+            raise ValueError(f"data holds {size:,} bytes, but a sample may hold at most {LARGEST_PAGE:,}")
+
     def _finish(self) -> None:
+        # Field by field into zeros: a copy of records would leave chance bytes in the gaps between their fields.
+        samples, allocations = np.zeros(self.num_samples, SAMPLE), np.zeros(self.num_samples, ALLOCATION)
+        samples["image"], samples["label"] = self.entries["sample"]["image"], self.entries["sample"]["label"]
+        allocations["sample"] = np.arange(self.num_samples)
+        allocations["pointer"] = self.entries["sample"]["image"]["pointer"]
+        allocations["size"] = self.entries["size"]
         self._file.seek(self._position)
-        self._file.write(self._allocations[: self.num_samples].tobytes())
+        self._file.write(allocations.tobytes())
         header = np.array((BETON_VERSION, 2, self._page_size, self.num_samples, self._position), HEADER)
         self._file.seek(0)
         self._file.write(header.tobytes())
         self._file.write(_field("image", IMAGE_ID) + _field("label", INT_ID))
-        self._file.write(self._samples[: self.num_samples].tobytes())
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self._file.write(samples.tobytes())
+        self.sync()
 
 
 @dataclass(frozen=True)

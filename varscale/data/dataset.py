@@ -1,7 +1,9 @@
 """A converted data set on the disk: train.beton, val.beton, their samples' names, and dataset.json about them all."""
 
 import dataclasses
+import hashlib
 import json
+import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
@@ -17,6 +19,7 @@ __all__ = [
     "names_file",
     "read_dataset_info",
     "sample_name",
+    "update_digest",
     "write_dataset_info",
     "write_names",
 ]
@@ -91,6 +94,12 @@ def read_dataset_info(directory: Path) -> DatasetInfo:
         return _from_json(content)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error}); convert the data set again") from None
+
+
+def update_digest(digest: "hashlib._Hash", label: int, mode: int, height: int, width: int, data: bytes) -> None:
+    """Adds one sample to a data set's digest; each split begins with its name."""
+    digest.update(struct.pack("<qBHHQ", label, mode, height, width, len(data)))
+    digest.update(data)
 
 
 def names_file(split: str) -> str:

@@ -34,6 +34,9 @@ class Split(Protocol):
     def name(self, index: int) -> str:
         """What people call this image: its path relative to the source, or its place in an array."""
 
+    def identity(self) -> Iterator[bytes]:
+        """What tells this split from others, as far as listing it shows."""
+
 
 @dataclass(frozen=True)
 class ArraySplit:
@@ -48,6 +51,11 @@ class ArraySplit:
 
     def name(self, index: int) -> str:
         return f"{self.array_name}[{index}]"
+
+    def identity(self) -> Iterator[bytes]:
+        yield str(self.images.shape).encode()
+        yield np.ascontiguousarray(self.images).data
+        yield self.labels.tobytes()
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,10 @@ class FileSplit:
     def name(self, index: int) -> str:
         return self.files[index]
 
+    def identity(self) -> Iterator[bytes]:
+        yield "\0".join(self.files).encode("utf-8", "surrogateescape")
+        yield self.labels.tobytes()
+
 
 @dataclass(frozen=True)
 class Source:
@@ -75,6 +87,10 @@ class Source:
     val: Split
     options: dict[str, int | None] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    def split(self, name: str) -> Split:
+        """`train` or `val`."""
+        return {"train": self.train, "val": self.val}[name]
 
 
 def open_source(spec: str, *, image_size: int | None = None, download_dir: Path | None = None) -> Source:
