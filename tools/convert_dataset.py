@@ -1,5 +1,8 @@
 #!/usr/bin/env python
-"""Converts images into the data set that training reads: python tools/convert_dataset.py SOURCE OUT_DIR [options]."""
+"""Converts images into the data set that training reads: python tools/convert_dataset.py SOURCE OUT_DIR [options].
+
+`verify DIR` reads a data set again and compares it with what was written.
+"""
 
 import argparse
 import os
@@ -21,6 +24,10 @@ NAMED_FILES = 20  # undecodable files named on the screen
 DESCRIPTION = """\
 Writes OUT_DIR/train.beton, val.beton (FFCV's format), the samples' names and dataset.json: all of them, or nothing.
 An interrupted conversion keeps its work beside OUT_DIR; the same command, given again, goes on with it.
+
+commands:
+  convert_dataset.py SOURCE OUT_DIR [options]   as below
+  convert_dataset.py verify DIR                 reads a data set again and compares it with what was written
 
 sources:
   digits           scikit-learn's 1,797 handwritten digits; a stratified fifth is held out as val
@@ -44,7 +51,7 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
-def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+def parse_conversion(arguments: list[str]) -> argparse.Namespace:
     parser = _Parser(
         prog="convert_dataset.py",
         description=DESCRIPTION,
@@ -55,13 +62,32 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("out_dir", metavar="OUT_DIR", type=Path, help="the folder to make")
     parser.add_argument("--max-resolution", metavar="N", type=_whole(1, MAX_SIDE), help="longest side in pixels")
     parser.add_argument("--jpeg-quality", metavar="Q", type=_whole(1, 100), help="quality of JPEGs that are made here")
-    parser.add_argument("--workers", metavar="N", type=_whole(1, 1024), help="processes (default: the cores)")
+    _add_workers(parser, "processes")
     parser.add_argument("--skip-bad", action="store_true", help="leave out undecodable images; skipped.txt names all")
     parser.add_argument("--overwrite", action="store_true", help="replace the data set that OUT_DIR holds")
+    parser.add_argument("--verify", action="store_true", help="read everything again at the end, as `verify` does")
     parser.add_argument("--fresh", action="store_true", help="drop what an interrupted conversion has kept")
     parser.add_argument("--image-size", type=int, choices=DIGIT_SIZES, help="digits: side in pixels (default: 32)")
     parser.add_argument("--download-dir", metavar="DIR", type=Path, help="cifar10, cifar100: default ~/.cache/varscale")
     return parser.parse_args(arguments)
+
+
+def parse_verification(arguments: list[str]) -> argparse.Namespace:
+    parser = _Parser(
+        prog="convert_dataset.py verify",
+        description="Decodes every image of a data set as training does, and compares counts, labels, names and digest "
+        "with what was written. Exit code 2 tells of damage.",
+    )
+    parser.add_argument("directory", metavar="DIR", type=Path, help="the data set")
+    _add_workers(parser, "threads")
+    return parser.parse_args(arguments)
+
+
+def _add_workers(parser: argparse.ArgumentParser, kind: str) -> None:
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument(
+        "--workers", metavar="N", type=_whole(1, 1024), default=cores, help=f"{kind} (default: the cores)"
+    )
 
 
 def _whole(low: int, high: int) -> Callable[[str], int]:
@@ -86,6 +112,8 @@ def show(conversion: Conversion) -> None:
     kinds = {"kept": "JPEG kept", "jpeg": "JPEG encoded", "mended": "damaged JPEG encoded anew", "raw": "raw"}
     stored = ", ".join(f"{conversion.storage[key]:,} {kind}" for key, kind in kinds.items() if conversion.storage[key])
     print(f"  stored {stored}; {conversion.num_bytes / 1e6:,.1f} MB")
+    if conversion.throughput.images:
+        print(f"  converted {conversion.throughput}")
     if info.skipped:
         print(f"  skipped {info.skipped:,} undecodable images, named in {conversion.directory / 'skipped.txt'}")
     print(f"  digest {info.digest}")
@@ -102,23 +130,13 @@ def _recipe_for(size: dict[str, int]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the conversion; returns the exit code: 0, 2 for bad input (one line on stderr), 130 when interrupted."""
+    """Runs the tool; returns the exit code: 0, 2 for bad input or damage (told on stderr), 130 when interrupted."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        options = parse_arguments(arguments)
-        check_directory(options.out_dir, overwrite=options.overwrite)
-        source = open_source(options.source, image_size=options.image_size, download_dir=options.download_dir)
-        for note in source.notes:
-            print(f"note: {note}", file=sys.stderr)
-        conversion = convert(
-            source,
-            options.out_dir,
-            image_options=ImageOptions(options.max_resolution, options.jpeg_quality),
-            workers=options.workers or len(os.sched_getaffinity(0)),
-            skip_bad=options.skip_bad,
-            overwrite=options.overwrite,
-            fresh=options.fresh,
-            progress=True,
-        )
+        if arguments[:1] == ["verify"]:
+            options = parse_verification(arguments[1:])
+            return run_verification(options.directory, options.workers)
+        return run_conversion(parse_conversion(arguments))
     except UserError as error:
         if isinstance(error, UndecodableFiles):
             _name_files("undecodable:", error.reports)
@@ -127,9 +145,39 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt as interrupt:
         _complain("interrupted", interrupt)
         return 130
+
+
+def run_conversion(options: argparse.Namespace) -> int:
+    check_directory(options.out_dir, overwrite=options.overwrite)
+    source = open_source(options.source, image_size=options.image_size, download_dir=options.download_dir)
+    for note in source.notes:
+        print(f"note: {note}", file=sys.stderr)
+    conversion = convert(
+        source,
+        options.out_dir,
+        image_options=ImageOptions(options.max_resolution, options.jpeg_quality),
+        workers=options.workers,
+        skip_bad=options.skip_bad,
+        overwrite=options.overwrite,
+        fresh=options.fresh,
+        progress=True,
+    )
     if conversion.mended:
         _name_files("damaged, but not beyond decoding (look at them):", conversion.mended)
     show(conversion)
+    return run_verification(options.out_dir, options.workers) if options.verify else 0
+
+
+def run_verification(directory: Path, workers: int) -> int:
+    try:
+        from varscale.data.verification import verify  # here, for the workers of a conversion need no torch
+    except ImportError as error:
+        raise UserError(f"verification decodes as training does, which is not possible here: {error}") from None
+    verification = verify(directory, workers=workers, progress=True)
+    if verification.damage:
+        _name_files(f"{directory} is damaged, convert it again:", verification.damage)
+        return 2
+    print(f"verified {verification.throughput}; digest {verification.info.digest}")
     return 0
 
 

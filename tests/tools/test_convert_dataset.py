@@ -62,7 +62,8 @@ def test_digits_from_any_folder(tmp_path):
     assert f"digest {info.digest}" in result.stdout
     assert f"train  {info.num_samples('train'):,} images" in result.stdout
     assert "next: deepspeed varscale/train.py --config digits-varcon data.dir=out" in result.stdout
-    assert "images/s" in result.stderr
+    assert re.search(r"[\d,.]+ MB/s written", result.stderr)
+    assert re.search(r"converted 1,797 images in [\d.]+ s: [\d,]+ images/s, [\d,.]+ MB/s written\n", result.stdout)
     for split in ("train", "val"):
         summary = check_beton(tmp_path / "out" / f"{split}.beton", num_classes=10, require_labels=True)
         assert summary.num_samples == info.num_samples(split)
@@ -138,6 +139,22 @@ def test_bad_files_are_named_then_skipped(main, tmp_path, capsys):
     assert "skipped 25 undecodable images, named in" in capsys.readouterr().out
     assert len((out / "skipped.txt").read_text().splitlines()) == 25
     assert read_dataset_info(out).skipped == 25
+
+
+def test_verification_after_the_conversion_and_later(main, archive, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main([archive, str(out), "--workers", "1", "--verify"]) == 0
+    assert re.search(r"\nverified 80 images in .* MB/s read; digest [0-9a-f]{64}\n$", capsys.readouterr().out)
+    assert main(["verify", str(out), "--workers", "2"]) == 0
+    path = out / "train.beton"
+    content = bytearray(path.read_bytes())
+    content[-80 * 24 - 1000] ^= 1
+    path.write_bytes(content)
+    assert main(["verify", str(out)]) == 2
+    output = capsys.readouterr()
+    assert re.search(r"out is damaged, convert it again:\n  .*their digest differs\n$", output.err)
+    assert main(["verify", str(tmp_path)]) == 2
+    assert "holds no converted data set" in capsys.readouterr().err
 
 
 def test_ignored_files_are_told(main, tmp_path, capsys):

@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from varscale.data.beton import ALLOCATION, SAMPLE, SMALLEST_PAGE, BetonSummary, BetonWriter, check_beton
 from varscale.data.dataset import (
@@ -29,6 +28,7 @@ from varscale.data.images import ImageOptions, StoredImage, encode_chunk
 from varscale.data.journal import Journal, Progress, UnusableWork, fingerprint
 from varscale.data.sources import Source
 from varscale.data.staging import check_target, staged_directory
+from varscale.data.throughput import Throughput
 from varscale.errors import UserError
 
 PROBES = 64  # images a split that are encoded to foresee the size of the result
@@ -49,6 +49,7 @@ class Conversion:
         storage: how many images were stored in which way (`varscale.data.images.StoredImage`).
         mended: the images whose JPEG was damaged, but not beyond decoding.
         num_bytes: the size of both .beton files.
+        throughput: of what was not kept from before.
     """
 
     directory: Path
@@ -56,6 +57,7 @@ class Conversion:
     storage: Counter[str]
     mended: list[str]
     num_bytes: int
+    throughput: Throughput
 
 
 class UndecodableFiles(UserError):
@@ -116,9 +118,10 @@ def convert(
                 _check_space(directory, estimated_bytes(source, options))
             elif progress:
                 print(f"note: going on after {journal.done:,} of {num_images:,} images", file=sys.stderr)
+            throughput = Throughput("written", progress=progress)
             with chunk_encoder(workers, options) as encode:
                 for name in SPLITS:
-                    _write_split(journal, source, name, encode, digest, progress)
+                    _write_split(journal, source, name, encode, digest, throughput)
             parts = journal.progress
             skipped = [
                 f"{source.split(name).name(index)}: {reason}"
@@ -138,7 +141,7 @@ def convert(
         raise
     storage = sum((part.storage for part in parts.values()), Counter())
     mended = [source.split(name).name(index) for name in SPLITS for index in parts[name].mended]
-    return Conversion(directory, info, storage, mended, num_bytes)
+    return Conversion(directory, info, storage, mended, num_bytes, throughput)
 
 
 def estimated_bytes(source: Source, options: ImageOptions) -> int:
@@ -198,18 +201,16 @@ def _check_space(directory: Path, needed: int) -> None:
 
 
 def _write_split(
-    journal: Journal, source: Source, name: str, encode: Encoder, digest: "hashlib._Hash", progress: bool
+    journal: Journal, source: Source, name: str, encode: Encoder, digest: "hashlib._Hash", throughput: Throughput
 ) -> None:
     """Writes the samples of a split that the journal does not hold yet."""
     split, part = source.split(name), journal.progress.get(name)
     if part is None:
         digest.update(name.encode())
         part = Progress(digest=digest.hexdigest())
-    bar = tqdm(
-        total=len(split.labels), initial=part.done, desc=name, unit=" images", disable=not progress, mininterval=0.5
-    )
-    path = journal.stage.result / f"{name}.beton"
-    with bar, BetonWriter(path, len(split.labels), journal.entries(name)) as writer:
+    path, num_images = journal.stage.result / f"{name}.beton", len(split.labels)
+    bar = throughput.bar(name, num_images, part.done)
+    with bar, BetonWriter(path, num_images, journal.entries(name)) as writer:
         try:
             for chunk in encode(split, part.done):
                 for image, label in zip(chunk.images, split.labels[part.done :].tolist(), strict=False):
@@ -219,7 +220,7 @@ def _write_split(
                 part = part.after(chunk, digest.hexdigest())
                 if journal.is_due:
                     journal.write(name, part, writer)
-                bar.update(len(chunk.images))
+                throughput.count(len(chunk.images), chunk.num_bytes)
         finally:
             if part.done:
                 journal.write(name, part, writer)

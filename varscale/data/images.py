@@ -66,6 +66,11 @@ class StoredChunk(NamedTuple):
     images: list[StoredImage | str]  # or why the image cannot be decoded
     histogram: np.ndarray  # (3, 256) int64: how often each value occurs in each channel of the decoded images
 
+    @property
+    def num_bytes(self) -> int:
+        """How many bytes the images are stored in."""
+        return sum(len(image.data) for image in self.images if isinstance(image, StoredImage))
+
 
 class UndecodableImage(Exception):
     """A file that is not a complete image of a known kind; the message says why, without the file's name."""

@@ -11,7 +11,6 @@ from typing import BinaryIO
 
 import numpy as np
 import PIL
-from tqdm import tqdm
 
 from varscale.data import libffcv
 from varscale.data.beton import ENTRY, BetonWriter
@@ -19,6 +18,7 @@ from varscale.data.dataset import update_digest
 from varscale.data.images import ImageOptions, StoredChunk, StoredImage
 from varscale.data.sources import Source
 from varscale.data.staging import Stage
+from varscale.data.throughput import Throughput
 from varscale.files import replace_text
 
 INTERVAL = 5  # seconds between two accounts
@@ -156,24 +156,26 @@ class Journal:
         Raises:
             UnusableWork: they are not what was written.
         """
-        digest = hashlib.sha256()
+        digest, throughput = hashlib.sha256(), Throughput("read", progress=progress)
         for split, account in self.progress.items():
             digest.update(split.encode())
             try:
                 with open(self.stage.result / f"{split}.beton", "rb") as file:
-                    self._digest_split(file, split, digest, progress)
+                    self._digest_split(file, split, digest, throughput)
             except FileNotFoundError as error:
                 raise UnusableWork(f"its {Path(error.filename).name} is missing") from None
             if digest.hexdigest() != account.digest:
                 raise UnusableWork(f"its {split}.beton is damaged or cut short")
         return digest
 
-    def _digest_split(self, file: BinaryIO, split: str, digest: "hashlib._Hash", progress: bool) -> None:
+    def _digest_split(self, file: BinaryIO, split: str, digest: "hashlib._Hash", throughput: Throughput) -> None:
         entries, length = self.entries(split), os.fstat(file.fileno()).st_size
-        for entry in tqdm(entries, f"checking {split}", unit=" images", disable=not progress, mininterval=0.5):
-            ((mode, width, height, pointer), label), size = entry.item()
-            data = os.pread(file.fileno(), size, pointer) if max(size, pointer) <= length else b""
-            update_digest(digest, label, mode, height, width, data)
+        with throughput.bar(f"checking {split}", len(entries)):
+            for entry in entries:
+                ((mode, width, height, pointer), label), size = entry.item()
+                data = os.pread(file.fileno(), size, pointer) if max(size, pointer) <= length else b""
+                update_digest(digest, label, mode, height, width, data)
+                throughput.count(1, size)
 
     def entries(self, split: str) -> np.ndarray:
         """The entries (N, ENTRY) of a split's samples that are kept."""
