@@ -35,6 +35,10 @@ sources:
   cifar100
   npz:FILE         arrays x_train, y_train, x_test, y_test (uint8 images, integer labels), optionally names
   imagefolder:DIR  DIR/train/CLASS/... and DIR/val/CLASS/...: JPEG or PNG files at any depth
+  tar:FILE         the same folders in one tar file, which is read where it lies; it must not be compressed
+  tar:TRAIN,VAL    for each split a tar file of CLASS/..., or a folder of CLASS.tar (ImageNet's own train tars)
+  webdataset:DIR   DIR/train-*.tar and DIR/val-*.tar of KEY.jpg (.jpeg, .png) and KEY.cls, the label's number;
+                   DIR/classes.txt may name the classes, one a line
 """
 STORAGE = f"""\
 how images are stored:
@@ -58,7 +62,7 @@ def parse_conversion(arguments: list[str]) -> argparse.Namespace:
         epilog=STORAGE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("source", metavar="SOURCE", help="digits, cifar10, cifar100, npz:FILE or imagefolder:DIR")
+    parser.add_argument("source", metavar="SOURCE", help="where the images are: see above")
     parser.add_argument("out_dir", metavar="OUT_DIR", type=Path, help="the folder to make")
     parser.add_argument("--max-resolution", metavar="N", type=_whole(1, MAX_SIDE), help="longest side in pixels")
     parser.add_argument("--jpeg-quality", metavar="Q", type=_whole(1, 100), help="quality of JPEGs that are made here")

@@ -213,7 +213,8 @@ def _write_split(
     with bar, BetonWriter(path, num_images, journal.entries(name)) as writer:
         try:
             for chunk in encode(split, part.done):
-                for image, label in zip(chunk.images, split.labels[part.done :].tolist(), strict=False):
+                labels = split.labels[part.done : part.done + len(chunk.images)].tolist()
+                for image, label in zip(chunk.images, labels, strict=True):
                     if isinstance(image, StoredImage):
                         writer.append(image.mode, image.height, image.width, image.data, label)
                         update_digest(digest, label, image.mode, image.height, image.width, image.data)

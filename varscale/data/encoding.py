@@ -10,9 +10,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import get_context, parent_process
 
-import numpy as np
-
-from varscale.data.images import ImageOptions, StoredChunk, encode_chunk
+from varscale.data.images import Content, ImageOptions, StoredChunk, encode_chunk
 from varscale.data.sources import Split
 from varscale.errors import UserError
 
@@ -42,7 +40,7 @@ def chunk_encoder(workers: int, options: ImageOptions) -> Iterator[Encoder]:
 
 
 def _encode_in_order(
-    pool: ProcessPoolExecutor, chunks: Iterator[list[str | np.ndarray]], options: ImageOptions, ahead: int
+    pool: ProcessPoolExecutor, chunks: Iterator[list[Content]], options: ImageOptions, ahead: int
 ) -> Iterator[StoredChunk]:
     """Results in the order of the tasks, of which at most `ahead` wait, so that memory stays bounded."""
     running = deque()
@@ -54,7 +52,7 @@ def _encode_in_order(
         yield running.popleft().result()
 
 
-def _chunks(split: Split, start: int) -> Iterator[list[str | np.ndarray]]:
+def _chunks(split: Split, start: int) -> Iterator[list[Content]]:
     num_samples = len(split.labels)
     for first in range(start, num_samples, CHUNK):
         yield [split.content(index) for index in range(first, min(first + CHUNK, num_samples))]

@@ -4,7 +4,6 @@ import io
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -43,6 +42,18 @@ class ImageOptions:
     jpeg_quality: int | None = None
 
 
+class FilePart(NamedTuple):
+    """A JPEG or PNG file inside another file: where it begins and how long it is, in bytes."""
+
+    path: str
+    offset: int
+    size: int
+
+
+# A path of a JPEG or PNG file, a part of a file, or a uint8 array (height, width, 3) RGB or (height, width) grey.
+Content = str | FilePart | np.ndarray
+
+
 class StoredImage(NamedTuple):
     """An image as stored.
 
@@ -76,11 +87,8 @@ class UndecodableImage(Exception):
     """A file that is not a complete image of a known kind; the message says why, without the file's name."""
 
 
-def encode_chunk(contents: Sequence[str | np.ndarray], options: ImageOptions) -> StoredChunk:
+def encode_chunk(contents: Sequence[Content], options: ImageOptions) -> StoredChunk:
     """Encodes images one by one.
-
-    Args:
-        contents: paths of JPEG or PNG files, or uint8 arrays, (height, width, 3) RGB or (height, width) grey.
 
     Raises:
         UserError: a file cannot be read (as opposed to: cannot be decoded).
@@ -106,11 +114,8 @@ def _encode_array(array: np.ndarray, options: ImageOptions) -> tuple[StoredImage
     return _store(image, options, lossless=True)
 
 
-def _encode_file(path: str, options: ImageOptions) -> tuple[StoredImage, Image.Image]:
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
+def _encode_file(place: str | FilePart, options: ImageOptions) -> tuple[StoredImage, Image.Image]:
+    data = read(place)
     if not data:
         raise UndecodableImage("the file is empty")
     try:
@@ -128,6 +133,20 @@ def _encode_file(path: str, options: ImageOptions) -> tuple[StoredImage, Image.I
         raise UndecodableImage(" ".join(str(error).split()) or type(error).__name__) from error
     stored, decoded = _store(image, options, lossless)
     return stored._replace(storage="mended") if mended else stored, decoded
+
+
+def read(place: str | FilePart) -> bytes:
+    """A file's bytes. Raises UserError when they cannot be read."""
+    path, offset, size = place if isinstance(place, FilePart) else (place, 0, -1)
+    try:
+        with open(path, "rb") as file:
+            file.seek(offset)
+            data = file.read(size)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    if len(data) < size:
+        raise UserError(f"cannot read {path}: it has become shorter since it was listed")
+    return data
 
 
 def _can_be_kept(image: Image.Image, options: ImageOptions) -> bool:
