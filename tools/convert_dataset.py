@@ -1,25 +1,31 @@
 #!/usr/bin/env python
 """Converts images into the data set that training reads: python tools/convert_dataset.py SOURCE OUT_DIR [options].
 
-`verify DIR` reads a data set again and compares it with what was written.
+`verify DIR` reads a data set again and compares it with what was written; `inspect DIR` shows what is in it.
 """
 
 import argparse
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from varscale.config import load_config
+from varscale.config.schema import DataConfig
 from varscale.data.conversion import Conversion, UndecodableFiles, check_directory, convert
 from varscale.data.images import DEFAULT_JPEG_QUALITY, MAX_SIDE, ImageOptions
+from varscale.data.inspection import Contents, describe, open_contents, span
 from varscale.data.sources import DIGIT_SIZES, open_source
 from varscale.errors import UserError
 
 NAMED_FILES = 20  # undecodable files named on the screen
+SMALL_IMAGES = 64  # pixels a side up to which images are trained on as they are, as CIFAR's
+LARGE_VIEWS = 224  # pixels a side of the views of larger ones
 
 DESCRIPTION = """\
 Writes OUT_DIR/train.beton, val.beton (FFCV's format), the samples' names and dataset.json: all of them, or nothing.
@@ -28,6 +34,7 @@ An interrupted conversion keeps its work beside OUT_DIR; the same command, given
 commands:
   convert_dataset.py SOURCE OUT_DIR [options]   as below
   convert_dataset.py verify DIR                 reads a data set again and compares it with what was written
+  convert_dataset.py inspect DIR                tells what is in it and draws samples as a network sees them
 
 sources:
   digits           scikit-learn's 1,797 handwritten digits; a stratified fifth is held out as val
@@ -87,6 +94,23 @@ def parse_verification(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def parse_inspection(arguments: list[str]) -> argparse.Namespace:
+    parser = _Parser(
+        prog="convert_dataset.py inspect",
+        description="Tells what a data set or a .beton holds, and draws some of its (training) samples beside views of "
+        "them, cropped and augmented as in training.",
+    )
+    parser.add_argument("path", metavar="DIR", type=Path, help="the data set, or one .beton")
+    parser.add_argument("--config", metavar="RECIPE", help="take size, crops and augmentation from this recipe")
+    policies = get_args(DataConfig.model_fields["augmentation"].annotation)
+    parser.add_argument("--augmentation", choices=policies, help="draw this one")
+    parser.add_argument("--rows", metavar="N", type=_whole(1, 100), default=8, help="samples (default: 8)")
+    parser.add_argument("--views", metavar="V", type=_whole(1, 20), default=6, help="views of each (default: 6)")
+    parser.add_argument("--seed", type=_whole(0, 2**32 - 1), default=0, help="of the samples and views (default: 0)")
+    parser.add_argument("--out", metavar="PNG", type=Path, help="the drawing (default: NAME-views.png in this folder)")
+    return parser.parse_args(arguments)
+
+
 def _add_workers(parser: argparse.ArgumentParser, kind: str) -> None:
     cores = len(os.sched_getaffinity(0))
     parser.add_argument(
@@ -108,8 +132,8 @@ def show(conversion: Conversion) -> None:
     info = conversion.info
     print(f"{conversion.directory}: {info.source}, {info.num_classes} classes")
     for split, counts in info.counts.items():
-        size, per_class = info.image_sizes[split], _span(min(counts), max(counts))
-        pixels = f"{_span(size['min_width'], size['max_width'])} x {_span(size['min_height'], size['max_height'])}"
+        size, per_class = info.image_sizes[split], span(min(counts), max(counts))
+        pixels = f"{span(size['min_width'], size['max_width'])} x {span(size['min_height'], size['max_height'])}"
         print(f"  {split:7}{info.num_samples(split):,} images, {per_class} a class, {pixels} pixels")
     for name, values in (("mean", info.mean), ("std", info.std)):
         print(f"  {name:7}" + " ".join(f"{value:.4f}" for value in values))
@@ -125,12 +149,8 @@ def show(conversion: Conversion) -> None:
     print(f"next: deepspeed varscale/train.py --config {recipe}-varcon data.dir={conversion.directory}")
 
 
-def _span(low: int, high: int) -> str:
-    return f"{low:,}" if low == high else f"{low:,}-{high:,}"
-
-
 def _recipe_for(size: dict[str, int]) -> str:
-    return "cifar10" if max(size["max_width"], size["max_height"]) <= 64 else "imagenet100"
+    return "cifar10" if max(size["max_width"], size["max_height"]) <= SMALL_IMAGES else "imagenet100"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -140,6 +160,8 @@ def main(arguments: list[str] | None = None) -> int:
         if arguments[:1] == ["verify"]:
             options = parse_verification(arguments[1:])
             return run_verification(options.directory, options.workers)
+        if arguments[:1] == ["inspect"]:
+            return run_inspection(parse_inspection(arguments[1:]))
         return run_conversion(parse_conversion(arguments))
     except UserError as error:
         if isinstance(error, UndecodableFiles):
@@ -173,16 +195,47 @@ def run_conversion(options: argparse.Namespace) -> int:
 
 
 def run_verification(directory: Path, workers: int) -> int:
-    try:
-        from varscale.data.verification import verify  # here, for the workers of a conversion need no torch
-    except ImportError as error:
-        raise UserError(f"verification decodes as training does, which is not possible here: {error}") from None
+    with _needing_decoder():
+        from varscale.data.verification import verify
     verification = verify(directory, workers=workers, progress=True)
     if verification.damage:
         _name_files(f"{directory} is damaged, convert it again:", verification.damage)
         return 2
     print(f"verified {verification.throughput}; digest {verification.info.digest}")
     return 0
+
+
+def run_inspection(options: argparse.Namespace) -> int:
+    contents = open_contents(options.path)
+    print(describe(contents))
+    data = _views(contents, options.config, options.augmentation)
+    with _needing_decoder():
+        from varscale.data.contact_sheet import contact_sheet
+    sheet = contact_sheet(contents, data, rows=options.rows, views=options.views, seed=options.seed)
+    out = options.out or Path(f"{options.path.resolve().stem}-views.png")
+    try:
+        sheet.save(out, "PNG")
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror or error}") from None
+    print(f"\nviews    {out}")
+    return 0
+
+
+def _views(contents: Contents, recipe: str | None, augmentation: str | None) -> DataConfig:
+    if recipe:
+        return load_config(recipe, [f"data.augmentation={augmentation}"] if augmentation else []).data
+    largest = max(int(max(summary.heights.max(), summary.widths.max())) for summary in contents.summaries.values())
+    policy = {"augmentation": augmentation} if augmentation else {}
+    return DataConfig(image_size=largest if largest <= SMALL_IMAGES else LARGE_VIEWS, **policy)
+
+
+@contextmanager
+def _needing_decoder() -> Iterator[None]:
+    """For imports of what stands on FFCV's decoder and torch, which a conversion's workers need not wait for."""
+    try:
+        yield
+    except ImportError as error:
+        raise UserError(f"images cannot be decoded here as in training: {error}") from None
 
 
 def _complain(message: str, error: BaseException) -> None:

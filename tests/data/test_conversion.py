@@ -127,10 +127,11 @@ def test_names_follow_the_samples_without_those_left_out(tmp_path):
     odd = os.fsdecode(b"dog/line\nbreak \xff.png")
     train = {"cat/a.jpg": GOOD, "cat/b.jpg": b"?", odd: encoded(picture(20, 10), "PNG")}
     out = convert(folder_source(tmp_path / "in", train), tmp_path / "out", skip_bad=True).directory
-    expected = ["train/cat/a.jpg", "train/cat/good.png", "train/dog/good.png", f"train/{odd}".replace("\n", "\\n")]
+    expected = ["train/cat/a.jpg", "train/cat/good.png", "train/dog/good.png", r"train/dog/line\nbreak \xff.png"]
     assert [sample_name(out, "train", index) for index in range(4)] == expected
     assert stored(out / "train.beton")[3][1:3] == (20, 10)
     assert sample_name(out, "train", 4) is None
+    assert b"\xff.png\n" in (out / "train.names.txt").read_bytes()
 
 
 def test_array_samples_are_named_by_their_place(tmp_path):

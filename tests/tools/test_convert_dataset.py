@@ -157,6 +157,24 @@ def test_verification_after_the_conversion_and_later(main, archive, tmp_path, ca
     assert "holds no converted data set" in capsys.readouterr().err
 
 
+def test_inspection_tells_and_draws(main, archive, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main([archive, "out", "--workers", "1"]) == 0
+    assert main(["inspect", "out", "--rows", "3", "--views", "2"]) == 0
+    output = capsys.readouterr().out
+    assert "train    40 images, 10 a class, 30 x 20 pixels, 40 raw" in output
+    assert output.endswith("\nviews    out-views.png\n")
+    options = ["--config", "cifar10-vssl", "--augmentation", "simclr", "--rows", "3", "--views", "2"]
+    assert main(["inspect", "out/val.beton", *options, "--out", "other.png"]) == 0
+    own, recipe = (Image.open(name).size for name in ("out-views.png", "other.png"))
+    assert own[0] != recipe[0]  # views of 30 pixels, the data's, and of 32, the recipe's
+    assert main(["inspect", "out", "--augmentation", "simcrl"]) == 2
+    assert "invalid choice: 'simcrl'" in capsys.readouterr().err
+    assert main(["inspect", "out", "--config", "cifar10"]) == 2
+    assert main(["inspect", "out", "--out", "none/x.png"]) == 2
+    assert "cannot write none/x.png: No such file" in capsys.readouterr().err
+
+
 def test_ignored_files_are_told(main, tmp_path, capsys):
     source = image_folder(tmp_path / "in", 3, size=(40, 30))
     (tmp_path / "in" / "train" / "ant" / "a.webp").write_text("x")

@@ -117,7 +117,7 @@ def write_names(directory: Path, split: str, names: Iterable[str]) -> None:
 
 
 def sample_name(directory: Path, split: str, index: int) -> str | None:
-    """What a sample was called in its source, such as `train/cat/7.jpg` or `x_train[17]`.
+    """What a sample was called in its source, such as `train/cat/7.jpg` or `x_train[17]`, fit to be printed.
 
     None where the data set keeps no names: an earlier varscale made it, or another program.
     """
@@ -126,7 +126,7 @@ def sample_name(directory: Path, split: str, index: int) -> str | None:
             line = next(islice(file, index, None), None)
     except OSError:
         return None
-    return None if line is None else line.decode("utf-8", "surrogateescape").removesuffix("\n")
+    return None if line is None else line.decode("utf-8", "backslashreplace").removesuffix("\n")
 
 
 def _read_json(path: Path) -> object:
