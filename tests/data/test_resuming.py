@@ -1,6 +1,5 @@
 """An interrupted conversion goes on where it stood, does no finished work again, and ends in the same bytes."""
 
-import errno
 import os
 import re
 import signal
@@ -14,7 +13,6 @@ import pytest
 from pictures import GOOD, array_source, encoded, folder_source, picture
 
 from varscale.data import conversion, encoding, journal, staging
-from varscale.data.beton import BetonWriter
 from varscale.data.conversion import UndecodableFiles, convert
 from varscale.data.images import ImageOptions
 from varscale.errors import UserError
@@ -243,25 +241,6 @@ def test_two_conversions_into_one_folder_do_not_meet(tmp_path, stop_after, monke
     assert len(first) == 8
     convert(array_source(200), tmp_path / "alone")
     assert contents_of(tmp_path / "out") == contents_of(tmp_path / "alone")
-
-
-def test_a_full_disk_keeps_what_is_done(tmp_path, stop_after, monkeypatch):
-    """The disk's part is played by the writer: the fifth chunk's first image does not fit."""
-    source = array_source(200)
-    append = BetonWriter.append
-
-    def full(writer, *arguments):
-        if writer.num_samples == 128:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        append(writer, *arguments)
-
-    monkeypatch.setattr(BetonWriter, "append", full)
-    with pytest.raises(UserError, match=r"the disk is full .*: make room") as caught:
-        convert(source, tmp_path / "out")
-    assert caught.value.__notes__[0].startswith("128 of 210 images are kept in")
-    monkeypatch.undo()
-    convert(source, tmp_path / "out")
-    assert contents_of(tmp_path / "out") == contents_of(convert(source, tmp_path / "whole").directory)
 
 
 def test_a_data_set_set_aside_by_a_killed_overwrite_comes_back(tmp_path, stop_after):

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pictures import GOOD, array_source, encoded, folder_source, picture
+from pictures import GOOD, array_source, folder_source
 
-from varscale.data.conversion import UndecodableFiles, convert, estimated_bytes
+from varscale.data import journal
+from varscale.data.conversion import PROBES, UndecodableFiles, convert, estimated_bytes
 from varscale.data.dataset import read_dataset_info
 from varscale.data.images import ImageOptions
 from varscale.errors import UserError
@@ -119,14 +120,21 @@ def test_a_mount_point_is_refused(small_disk):
         convert(array_source(), small_disk)
 
 
-def test_a_disk_that_fills_up_is_told(small_disk, tmp_path):
-    files = {f"cat/{i:04}.jpg": GOOD for i in range(200)}
-    files |= {f"cat/{i:04}.jpg": encoded(picture(), "JPEG") + RNG.bytes(2_000_000) for i in (1, 2, 5, 7)}
+def test_a_disk_that_fills_up_keeps_what_is_done(small_disk, tmp_path, monkeypatch):
+    monkeypatch.setattr(journal, "INTERVAL", 0)
+    probed = np.linspace(0, 201, PROBES).astype(int)
+    large = [index for index in range(100, 128) if index not in probed][:4]
+    files = {f"cat/{i:04}.jpg": GOOD + RNG.bytes(2_000_000) * (i in large) for i in range(200)}
     source = folder_source(tmp_path / "in", files)
-    assert estimated_bytes(source, ImageOptions()) < 6e6  # the large ones are not among those that are probed
-    with pytest.raises(UserError, match=r"out: the disk is full .No space left on device.*make room"):
+    assert estimated_bytes(source, ImageOptions()) < 6e6
+    with pytest.raises(UserError, match=r"out: the disk is full .No space left on device.*make room") as caught:
         convert(source, small_disk / "out")
-    assert os.listdir(small_disk) in ([], [".out.partial"])
+    assert caught.value.__notes__[0].startswith("96 of 204 images are kept in")
+    subprocess.run(["mount", "-o", "remount,size=32m", str(small_disk)], check=True)
+    assert convert(source, small_disk / "out").throughput.images == 204 - 96
+    convert(source, tmp_path / "whole")
+    for name in os.listdir(tmp_path / "whole"):
+        assert (small_disk / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_a_limit_on_file_sizes_leaves_nothing(tmp_path):

@@ -187,7 +187,7 @@ def test_ignored_files_are_told(main, tmp_path, capsys):
 @pytest.fixture
 def running(tmp_path):
     """A conversion of some seconds, by two worker processes, in the middle of its work."""
-    source = image_folder(tmp_path / "in", 3000)
+    source = image_folder(tmp_path / "in", 1000)
     command = [sys.executable, str(TOOL), source, str(tmp_path / "new" / "out"), "--workers", "2"]
     # Tests that a shell runs in the background inherit that Ctrl-C is ignored.
     options = {"start_new_session": True, "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
@@ -203,12 +203,12 @@ def running(tmp_path):
 
 def assert_goes_on(running, errors, tmp_path):
     """What `errors` says is kept is where the same command, given again, goes on."""
-    kept = re.search(r"; ([\d,]+) of 6,004 images are kept in .*/new/\.out\.partial; the same command goes on", errors)
+    kept = re.search(r"; ([\d,]+) of 2,004 images are kept in .*/new/\.out\.partial; the same command goes on", errors)
     assert kept, errors
     assert os.listdir(tmp_path / "new") == [".out.partial"]
     again = subprocess.run(running.args, capture_output=True, text=True, timeout=120)
-    assert f"note: going on after {kept[1]} of 6,004 images\n" in again.stderr
-    assert read_dataset_info(tmp_path / "new" / "out").num_samples("train") == 6000
+    assert f"note: going on after {kept[1]} of 2,004 images\n" in again.stderr
+    assert read_dataset_info(tmp_path / "new" / "out").num_samples("train") == 2000
     assert os.listdir(tmp_path / "new") == ["out"]
 
 
