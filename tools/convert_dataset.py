@@ -43,7 +43,8 @@ sources:
   npz:FILE         arrays x_train, y_train, x_test, y_test (uint8 images, integer labels), optionally names
   imagefolder:DIR  DIR/train/CLASS/... and DIR/val/CLASS/...: JPEG or PNG files at any depth
   tar:FILE         the same folders in one tar file, which is read where it lies; it must not be compressed
-  tar:TRAIN,VAL    for each split a tar file of CLASS/..., or a folder of CLASS.tar (ImageNet's own train tars)
+  tar:TRAIN,VAL    for each split a tar file of CLASS/..., or a folder of CLASS.tar (ImageNet's own train tars;
+                   its val.tar has no classes: sort the images into class folders first)
   webdataset:DIR   DIR/train-*.tar and DIR/val-*.tar of KEY.jpg (.jpeg, .png) and KEY.cls, the label's number;
                    DIR/classes.txt may name the classes, one a line
 """

@@ -36,7 +36,7 @@ def test_a_lone_beton_is_told_without_what_is_not_known(directory, tmp_path):
     lone = tmp_path / "lone.beton"
     lone.write_bytes((directory / "train.beton").read_bytes())
     text = describe(open_contents(lone))
-    assert "lone     9 images" in text
+    assert text.startswith("lone  9 images, 2-7 a class, ")
     assert "digest" not in text
     assert "cat" not in text
     assert "cat" in describe(open_contents(directory / "train.beton"))

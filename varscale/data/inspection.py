@@ -46,7 +46,9 @@ def open_contents(path: Path) -> Contents:
 
 def describe(contents: Contents) -> str:
     """Counts, classes, sizes, storage, statistics and the first samples, in aligned lines."""
-    return "\n".join(f"{key:9}{text}" for key, text in _facts(contents)) + "\n" + "\n".join(_first_samples(contents))
+    lines = [*_facts(contents), *_first_samples(contents)]
+    width = max(len(key) for key, _ in lines) + 2
+    return "\n".join(f"{key:{width}}{text}".rstrip() for key, text in lines)
 
 
 def span(low: int, high: int) -> str:
@@ -88,9 +90,9 @@ def _facts_of_split(summary: BetonSummary) -> Iterator[str]:
     yield f"{summary.num_bytes.sum() / 1e6:,.1f} MB"
 
 
-def _first_samples(contents: Contents) -> Iterator[str]:
+def _first_samples(contents: Contents) -> Iterator[tuple[str, str]]:
     for split, summary in contents.summaries.items():
-        yield ""
+        yield "", ""
         rows = [
             (
                 str(index),
@@ -105,5 +107,4 @@ def _first_samples(contents: Contents) -> Iterator[str]:
         ]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         for row in rows:
-            cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-            yield f"{split:9}{'  '.join(cells)}".rstrip()
+            yield split, "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True) if width)

@@ -74,6 +74,6 @@ def _check_classes(source: Source) -> None:
     if twice:
         raise UserError(f"{source.spec}: the class name '{twice[0]}' occurs more than once")
     for split in ("train", "val"):
-        counts = np.bincount(getattr(source, split).labels, minlength=len(source.classes))
+        counts = np.bincount(source.split(split).labels, minlength=len(source.classes))
         if not counts.all():
             raise UserError(f"{source.spec}: class '{source.classes[int(np.argmin(counts))]}' has no images in {split}")
