@@ -135,8 +135,12 @@ def test_bad_files_are_named_then_skipped(main, tmp_path, capsys):
     )
     assert not out.exists()
 
+    assert main([source, str(out), "--workers", "1", "--fresh"]) == 2
+    assert "note" not in capsys.readouterr().err
     assert main([source, str(out), "--workers", "1", "--skip-bad"]) == 0
-    assert "skipped 25 undecodable images, named in" in capsys.readouterr().out
+    output = capsys.readouterr()
+    assert "note: going on after 35 of 35 images" in output.err
+    assert "skipped 25 undecodable images, named in" in output.out
     assert len((out / "skipped.txt").read_text().splitlines()) == 25
     assert read_dataset_info(out).skipped == 25
 
