@@ -35,7 +35,8 @@ COMMON = [
     "logging.trackers=[]",
     "online_knn.every_epochs=0",
 ]
-RESNET = ["encoder.stem=imagenet"]  # a quarter of the other stem's work
+# Fewer pixels or images would make a ResNet too badly conditioned to compare.
+RESNET = ["data.image_size=16", "batch.global_batch_size=64", "schedule.epochs=6"]
 VIT = ["encoder.name=vit_ti", "encoder.stem=null", "encoder.patch_size=8", "data.image_size=16"]
 VSSL = [
     "optimizer.name=sgd",
@@ -45,10 +46,7 @@ VSSL = [
     "objective.normalise_latents=false",  # it would enlarge the rounding of class tokens that are all but equal
 ]
 KINDS = {
-    "varcon-resnet": (  # fewer pixels or images would make it too badly conditioned to compare
-        "digits-varcon",
-        ["data.image_size=16", "batch.global_batch_size=64", "schedule.epochs=6", "optimizer.lr=0.01"],
-    ),
+    "varcon-resnet": ("digits-varcon", [*RESNET, "optimizer.lr=0.01"]),
     "varcon-vit": ("digits-varcon", [*VIT, "optimizer.lr=0.01"]),
     "varcon-vit-bfloat16": ("digits-varcon", [*VIT, "optimizer.lr=0.01", "compute.precision=bfloat16"]),
     "vssl-resnet": ("digits-vssl", [*RESNET, *VSSL]),

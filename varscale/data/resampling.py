@@ -75,8 +75,8 @@ def _columns_first(box, row_weights, column_weights, output):
 def _axis_weights(lines, count, bicubic):
     """Weights of `count` output lines, for lines = (start, length, resized, first) as `resample` takes them.
 
-    Returns the first input line of each output line, from int(start) on, (count,), how many it takes (count,), an even
-    number (of a single line: twice itself), their weights (count, taps) int16, and the number of fractional bits of the weights.
+    Returns the first input line of each output line, from int(start) on, (count,); how many it takes (count,), an even
+    number (of a single line: twice itself); their weights (count, taps) int16; the weights' number of fractional bits.
     """
     start_line, length, resized, first = lines
     offset = start_line - int(start_line)
