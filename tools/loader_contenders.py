@@ -52,7 +52,7 @@ class Job(NamedTuple):
 def ours(job: Job) -> Iterator[Views]:
     with _view_loader(job).batches(job.order, epoch=0) as batches:
         for batch in batches:
-            yield batch.images.unbind(1)
+            yield batch.images[0].unbind(1)
 
 
 def ours_colour(job: Job) -> Iterator[Views]:
@@ -65,18 +65,19 @@ def ours_colour(job: Job) -> Iterator[Views]:
     augmentation = Augmentation("simaugment", job.views, job.size, MEAN, STD, seed=0)
     with _view_loader(job).batches(job.order, epoch=0) as batches:
         for batch in batches:
-            yield augmentation(batch.images, batch.indices, epoch=0).chunk(job.views)
+            yield augmentation(batch.images[0], batch.indices, epoch=0).chunk(job.views)
 
 
 def decoding(job: Job) -> Iterator[Views]:
     """The ceiling: the compiled reading and decoding of our loader, which cuts no views here and yields none."""
-    from varscale.data.decoding import DECODED, decode_views, view_table
+    from varscale.data.decoding import decode_views
+    from varscale.data.geometry import VIEW
+    from varscale.data.records import DECODED
 
-    records, no_views, zero = _view_loader(job).records, view_table([]), np.uint64(0)
+    records, no_views, zero, nothing = _view_loader(job).records, np.zeros(0, VIEW), np.uint64(0), np.empty(0, np.uint8)
 
     def decode(indices: np.ndarray) -> int:
-        nothing = np.empty((len(indices), 0, job.size, job.size, 3), np.uint8)
-        return decode_views(file.fileno(), records, indices, no_views, zero, zero, nothing)[1]
+        return decode_views(file.fileno(), records, indices, 0, len(indices), no_views, zero, zero, nothing)[1]
 
     with open(job.images.beton, "rb") as file, ThreadPoolExecutor(job.cores) as pool:
         for status in pool.map(decode, job.order):
@@ -85,7 +86,7 @@ def decoding(job: Job) -> Iterator[Views]:
 
 
 def _view_loader(job: Job):
-    from varscale.data.decoding import CropSpec
+    from varscale.data.geometry import CropSpec
     from varscale.data.loader import ViewLoader
 
     return ViewLoader(job.images.beton, [CropSpec(job.size, SCALE)] * job.views, seed=0, workers=job.cores)

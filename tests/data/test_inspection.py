@@ -10,8 +10,9 @@ from varscale.config.schema import DataConfig
 from varscale.data.contact_sheet import contact_sheet, spread, stored_image, views_of
 from varscale.data.conversion import convert
 from varscale.data.dataset import read_dataset_info
+from varscale.data.geometry import CropSpec
 from varscale.data.inspection import describe, open_contents
-from varscale.data.loader import CropSpec, ViewLoader
+from varscale.data.loader import ViewLoader
 from varscale.errors import UserError
 
 

@@ -13,8 +13,9 @@ from varscale.config.schema import DataConfig
 from varscale.data.augment import Augmentation
 from varscale.data.beton import BetonSummary
 from varscale.data.dataset import sample_name
+from varscale.data.geometry import CropSpec
 from varscale.data.inspection import Contents
-from varscale.data.loader import CropSpec, LoaderError, ViewLoader
+from varscale.data.loader import LoaderError, ViewLoader
 from varscale.errors import UserError
 
 SMALLEST_CELL = 96  # pixels; smaller views are enlarged by a whole factor, so that each of their pixels stays one
@@ -87,7 +88,7 @@ def views_of(
             batch = next(batches)
     except LoaderError as error:
         raise UserError(f"{error}; convert_dataset.py verify names all that is damaged") from None
-    images = augmentation(batch.images, batch.indices, epoch=0)
+    images = augmentation(batch.images[0], batch.indices, epoch=0)
     images = images * torch.tensor(std).view(3, 1, 1) + torch.tensor(mean).view(3, 1, 1)
     pixels = images.clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1)
     return pixels.unflatten(0, (views, len(indices))).transpose(0, 1).contiguous().numpy()

@@ -116,6 +116,12 @@ def write_names(directory: Path, split: str, names: Iterable[str]) -> None:
             file.write(name.replace("\n", "\\n") + "\n")
 
 
+def sample_title(beton: Path, index: int) -> str:
+    """How a message calls a sample of a split's file: its number, and its name where that is known."""
+    name = sample_name(beton.parent, beton.stem, index)
+    return f"{beton}: sample {index}" + (f" ({name})" if name else "")
+
+
 def sample_name(directory: Path, split: str, index: int) -> str | None:
     """What a sample was called in its source, such as `train/cat/7.jpg` or `x_train[17]`, fit to be printed.
 

@@ -49,7 +49,7 @@ def decode_views(file, records, indices, first, count, views, seed, epoch, image
     for position in range(len(indices)):
         index = np.uint64(indices[position])
         record = records[indices[position]]
-        shrink = _shrink(record, views, seed, epoch, index) if record.is_jpeg else 1
+        shrink = _shrink(record, views, seed, epoch, index) if record.is_jpeg and len(views) else 1
         height, width = -(-record.height // shrink), -(-record.width // shrink)
         image = pixels[: height * width * 3].reshape(height, width, 3)
         status = _load(file, record, shrink, compressed, image)

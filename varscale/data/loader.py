@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from varscale.data.beton import check_beton
+from varscale.data.dataset import sample_title
 from varscale.data.geometry import CropSpec, view_table, views_by_size
 from varscale.data.memory import available_memory
 from varscale.data.randomness import as_uint64
@@ -170,7 +171,7 @@ class ViewLoader:
 
     def _instead(self, bad: int, original: int, status: int) -> int:
         """The sample that takes the place of a bad one; raises LoaderError where none may."""
-        message = f"{self.beton}: sample {bad} cannot be loaded: {FAILURES[status]}"
+        message = f"{sample_title(self.beton, bad)} cannot be loaded: {FAILURES[status]}"
         if not self.skips_bad_samples or status not in (DAMAGED, OTHER_SIZE):
             raise LoaderError(message)
         if (bad - original) % self.num_samples >= min(MOST_SKIPPED_IN_A_ROW, self.num_samples) - 1:

@@ -16,11 +16,12 @@ from varscale.data.dataset import (
     DatasetInfo,
     names_file,
     read_dataset_info,
-    sample_name,
+    sample_title,
     update_digest,
 )
-from varscale.data.decoding import DECODED, FAILURES, VIEW, CropSpec, decode_views
-from varscale.data.loader import ViewLoader
+from varscale.data.decoding import decode_views
+from varscale.data.geometry import VIEW
+from varscale.data.records import DECODED, FAILURES, record_table
 from varscale.data.throughput import Throughput
 
 CHUNK = 64  # images a task
@@ -57,8 +58,7 @@ def verify(directory: Path, *, workers: int = 1, progress: bool = False) -> Veri
         digest.update(split.encode())
         with throughput.bar(f"verifying {split}", summary.num_samples):
             for index, reason in _decode(path, summary, digest, workers, throughput):
-                name = sample_name(directory, split, index)
-                damage.append(f"{path}: sample {index}{f' ({name})' if name else ''}: {reason}")
+                damage.append(f"{sample_title(path, index)}: {reason}")
     if digest.hexdigest() != info.digest:
         damage.append(f"{directory}: the images and labels are not those that were converted: their digest differs")
     return Verification(info, throughput, damage)
@@ -81,7 +81,7 @@ def _decode(
     path: Path, summary: BetonSummary, digest: "hashlib._Hash", workers: int, throughput: Throughput
 ) -> Iterator[tuple[int, str]]:
     """Yields every sample that cannot be decoded, with the reason; the digest takes them all."""
-    records = ViewLoader(path, [CropSpec(1, None)], seed=0, workers=1).records
+    records = record_table(summary)
     with open(path, "rb") as file, ThreadPoolExecutor(workers) as pool:
         running = deque()
         for indices in np.split(np.arange(len(records)), range(CHUNK, len(records), CHUNK)):
@@ -94,10 +94,9 @@ def _decode(
 
 
 def _undecodable(file: int, records: np.ndarray, indices: np.ndarray) -> list[tuple[int, str]]:
-    found = []
+    found, nothing, zero = [], np.empty(0, np.uint8), np.uint64(0)
     while len(indices):
-        nothing = np.empty((len(indices), 0, 1, 1, 3), np.uint8)
-        position, status = decode_views(file, records, indices, NO_VIEWS, np.uint64(0), np.uint64(0), nothing)
+        position, status = decode_views(file, records, indices, 0, len(indices), NO_VIEWS, zero, zero, nothing)
         if status == DECODED:
             break
         found.append((int(indices[position]), FAILURES[status]))
