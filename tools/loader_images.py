@@ -12,7 +12,8 @@ from PIL import Image
 
 from varscale.data.beton import BetonWriter
 from varscale.data.images import ImageOptions, StoredImage, encode_chunk
-from varscale.data.sources import IMAGE_SUFFIXES, open_source
+from varscale.data.sources import open_source
+from varscale.data.sources.splits import IMAGE_SUFFIXES
 from varscale.errors import UserError
 
 DISTINCT = 256  # images that are made here

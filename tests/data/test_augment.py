@@ -141,8 +141,9 @@ def reference(augmentation, images, indices, epoch):
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("size", [32, 80])
-def test_policies_equal_torchvision_with_the_same_parameters(policy, size):
-    augmentation = Augmentation(policy, 3, size, MEAN, STD, seed=11)
+@pytest.mark.parametrize("compiled", [True, False])
+def test_policies_equal_torchvision_with_the_same_parameters(policy, size, compiled):
+    augmentation = Augmentation(policy, 3, size, MEAN, STD, seed=11, compiled=compiled)
     images, indices = views(12, 3, size), torch.arange(100, 112)
     output = augmentation(images, indices, epoch=6)
     assert output.shape == (36, 3, size, size)
@@ -162,8 +163,9 @@ def test_policies_equal_torchvision_with_the_same_parameters(policy, size):
 
 @pytest.mark.parametrize("policy", ["simaugment", "byol", "autoaugment", "stacked_randaugment"])
 @pytest.mark.parametrize("size", [32, 80, 224])
-def test_a_sample_alone_equals_itself_in_a_batch_bit_for_bit(policy, size):
-    augmentation = Augmentation(policy, 2, size, MEAN, STD, seed=11)
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_sample_alone_equals_itself_in_a_batch_bit_for_bit(policy, size, compiled):
+    augmentation = Augmentation(policy, 2, size, MEAN, STD, seed=11, compiled=compiled)
     count = 70 if size == 32 else 4
     images, indices = views(count, 2, size), torch.arange(count) * 17
     together = augmentation(images, indices, epoch=1).unflatten(0, (2, count))
@@ -176,7 +178,7 @@ def test_a_sample_alone_equals_itself_in_a_batch_bit_for_bit(policy, size):
 
 @pytest.mark.parametrize("policy", ["byol", "stacked_randaugment"])
 def test_the_augmentation_can_be_traced_and_compiled(policy):
-    augmentation = Augmentation(policy, 2, 80, MEAN, STD, seed=11)
+    augmentation = Augmentation(policy, 2, 80, MEAN, STD, seed=11, compiled=False)
     images, indices = views(1, 2, 80), torch.arange(1)
     expected = [augmentation(images, indices, epoch) for epoch in range(2)]
     if policy == "byol":  # operations are chosen on the host; all else is one graph
@@ -188,7 +190,7 @@ def test_the_augmentation_can_be_traced_and_compiled(policy):
 
 @pytest.mark.slow
 def test_compiled_code_gives_the_same_views():
-    augmentation = Augmentation("byol", 2, 80, MEAN, STD, seed=11)
+    augmentation = Augmentation("byol", 2, 80, MEAN, STD, seed=11, compiled=False)
     images, indices = views(3, 2, 80), torch.arange(3)
     expected = augmentation(images, indices, epoch=5)
     compiled = torch.compile(augmentation)(images, indices, epoch=5)

@@ -5,6 +5,7 @@ device: there is no loop over samples, and every choice is made by arithmetic or
 """
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -15,6 +16,7 @@ from torch import nn
 from torchvision.transforms import AutoAugmentPolicy
 
 from varscale.data.colour import blur_, blur_bands, blur_kernel_size, grayscale_, jitter_, solarize_
+from varscale.data.compiled_colour import augment_images
 from varscale.data.operations import Chosen, draw_autoaugment, draw_randaugment, operate_
 from varscale.data.randomness import PHOTOMETRIC_DRAWS, as_uint64, stream, uniform
 
@@ -103,13 +105,22 @@ class Augmentation(nn.Module):
         image_size: height and width of the views, pixels. Up to 64 pixels nothing is blurred.
         mean, std: of the data set's channels, on the scale [0, 1].
         seed: of the random parameters.
+        compiled: on a CPU, `varscale.data.compiled_colour` in place of torch's operations, several times as fast; not
+            where the policy has operations of AutoAugment's kind.
 
     Raises:
         ValueError: unknown policy, or no views.
     """
 
     def __init__(
-        self, policy: str, views: int, image_size: int, mean: Sequence[float], std: Sequence[float], seed: int
+        self,
+        policy: str,
+        views: int,
+        image_size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        seed: int,
+        compiled: bool = True,
     ) -> None:
         super().__init__()
         if policy not in POLICIES:
@@ -119,6 +130,7 @@ class Augmentation(nn.Module):
         first, other = POLICIES[policy]
         self.photometric = (first, *[other] * (views - 1))
         self.image_size, self.seed = image_size, seed
+        self.compiled = compiled and not any(view.operations for view in self.photometric)
         self.blurs = image_size > LARGEST_SMALL_IMAGE and any(view.blur for view in self.photometric)
         scale = 1 / torch.tensor(std, dtype=torch.float32).view(1, 3, 1, 1)
         self.register_buffer("scale", scale, persistent=False)
@@ -141,6 +153,9 @@ class Augmentation(nn.Module):
             raise ValueError(f"images must be uint8 of shape {expected}, got {images.dtype} of {tuple(images.shape)}")
         count, views, height, width, _ = expected
         output = torch.empty((views * count, 3, height, width), device=images.device, memory_format=torch.channels_last)
+        if self.compiled and not images.is_cuda:
+            self._augment_on_cpu(images, indices, epoch, output)
+            return output
         step = count if images.is_cuda else max(1, PIXELS_IN_CACHE // (height * width))
         for view in range(views):
             draws, operations = self.draw(indices, epoch, view), self.draw_operations(indices, epoch, view)
@@ -154,6 +169,33 @@ class Augmentation(nn.Module):
                     output[view * count + rows.start : view * count + rows.stop],
                 )
         return output
+
+    @torch.compiler.disable
+    def _augment_on_cpu(self, images: torch.Tensor, indices: torch.Tensor, epoch: int, output: torch.Tensor) -> None:
+        """Augments images (N, V, H, W, 3) uint8 into `output` (V * N, 3, H, W), in as many threads as torch would."""
+        images = images.contiguous()
+        pixels = output.permute(0, 2, 3, 1).numpy().reshape(images.shape[1], *images[:, 0].shape)
+        threads = torch.get_num_threads()
+        chunk = max(1, -(-len(images) // threads))
+        constants = (blur_kernel_size(self.image_size) // 2, self.scale.flatten().numpy(), self.shift.flatten().numpy())
+        with ThreadPoolExecutor(threads) as pool:
+            running = []
+            for view in range(images.shape[1]):
+                draws = self.draw(indices, epoch, view)
+                parameters = (
+                    draws.factors,
+                    draws.positions.argsort(1),
+                    draws.grayscale,
+                    torch.where(draws.blur & self.blurs, draws.sigma, 0.0),
+                    torch.where(draws.solarize, SOLARIZE_THRESHOLD, NEVER),
+                )
+                for start in range(0, len(images), chunk):
+                    rows = slice(start, start + chunk)
+                    own = [parameter[rows].numpy() for parameter in parameters]
+                    task = (images[rows].numpy(), view, *own, *constants, pixels[view, rows])
+                    running.append(pool.submit(augment_images, *task))
+            for task in running:
+                task.result()
 
     @torch.compiler.disable
     def draw(self, indices: torch.Tensor, epoch: int, view: int) -> Draws:
