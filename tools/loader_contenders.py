@@ -74,10 +74,11 @@ def decoding(job: Job) -> Iterator[Views]:
     from varscale.data.geometry import VIEW
     from varscale.data.records import DECODED
 
-    records, no_views, zero, nothing = _view_loader(job).records, np.zeros(0, VIEW), np.uint64(0), np.empty(0, np.uint8)
+    loader, no_views, zero, nothing = _view_loader(job), np.zeros(0, VIEW), np.uint64(0), np.empty(0, np.uint8)
 
     def decode(indices: np.ndarray) -> int:
-        return decode_views(file.fileno(), records, indices, 0, len(indices), no_views, zero, zero, nothing)[1]
+        scratch, place = np.empty(loader.scratch_bytes.max(), np.uint8), (0, len(indices))
+        return decode_views(file.fileno(), loader.records, indices, *place, no_views, zero, zero, scratch, nothing)[1]
 
     with open(job.images.beton, "rb") as file, ThreadPoolExecutor(job.cores) as pool:
         for status in pool.map(decode, job.order):

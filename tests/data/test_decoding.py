@@ -150,7 +150,7 @@ def test_machine_code_is_kept_between_processes():
         "from varscale.data.records import RECORD\n"
         "no, seed = np.empty(0, np.int64), np.uint64(0)\n"
         "records, views, images = np.zeros(0, RECORD), np.zeros(1, VIEW), np.empty(0, np.uint8)\n"
-        "decode_views(-1, records, no, 0, 0, views, seed, seed, images)\n"
+        "decode_views(-1, records, no, 0, 0, views, seed, seed, images, images)\n"
         "print(sum(decode_views.stats.cache_hits.values()))\n"
     )
     hits = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout for _ in range(2)]

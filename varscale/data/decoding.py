@@ -29,30 +29,23 @@ _pread = types.ExternalFunction("pread", types.intp(types.int32, types.uintp, ty
 
 
 @compiled
-def decode_views(file, records, indices, first, count, views, seed, epoch, images):
+def decode_views(file, records, indices, first, count, views, seed, epoch, scratch, images):
     """Reads and decodes samples, each once, and cuts their views; touches no Python object, holds no lock.
 
     file: descriptor of the open .beton. records: (num_samples,) RECORD. indices: (n,) int64 samples, which are numbers
-    `first` to `first` + n - 1 of a batch of `count`. views: (V,) VIEW. seed, epoch: uint64.
-    images: uint8, the buffer of the batch's views (see VIEW), written.
+    `first` to `first` + n - 1 of a batch of `count`. views: (V,) VIEW. seed, epoch: uint64. scratch: uint8, as many as
+    `scratch_bytes` says for any of the samples. images: uint8, the buffer of the batch's views (see VIEW), written.
 
     Returns (position, status): (-1, DECODED), or the first position in `indices` that failed and one of FAILURES.
     """
-    largest_record, largest_image = 0, 0
-    for index in indices:
-        record = records[index]
-        largest_image = max(largest_image, record.height * record.width * 3)
-        if record.is_jpeg:
-            largest_record = max(largest_record, record.size)
-    compressed = np.empty(largest_record, np.uint8)
-    pixels = np.empty(largest_image, np.uint8)
     for position in range(len(indices)):
         index = np.uint64(indices[position])
         record = records[indices[position]]
         shrink = _shrink(record, views, seed, epoch, index) if record.is_jpeg and len(views) else 1
         height, width = -(-record.height // shrink), -(-record.width // shrink)
-        image = pixels[: height * width * 3].reshape(height, width, 3)
-        status = _load(file, record, shrink, compressed, image)
+        size = record.size if record.is_jpeg else 0
+        image = scratch[size : size + height * width * 3].reshape(height, width, 3)
+        status = _load(file, record, shrink, scratch[:size], image)
         if status != DECODED:
             return position, status
         for number in range(len(views)):
@@ -86,10 +79,9 @@ def _shrunk(lines, shrink):
 
 
 @compiled
-def _load(file, record, shrink, compressed, image):
+def _load(file, record, shrink, jpeg, image):
     if not record.is_jpeg:
         return DECODED if _read_fully(file, record.offset, image.reshape(-1)) else FILE_TOO_SHORT
-    jpeg = compressed[: record.size]
     if not _read_fully(file, record.offset, jpeg):
         return FILE_TOO_SHORT
     # TurboJPEG would scale a picture of another size to fit, and FFCV's imdecode would call that a success.

@@ -11,6 +11,7 @@ to the consumer.
 
 import os
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,7 +28,7 @@ from varscale.data.dataset import sample_title
 from varscale.data.geometry import CropSpec, view_table, views_by_size
 from varscale.data.memory import available_memory
 from varscale.data.randomness import as_uint64
-from varscale.data.records import DAMAGED, DECODED, FAILURES, OTHER_SIZE, record_table
+from varscale.data.records import DAMAGED, DECODED, FAILURES, OTHER_SIZE, record_table, scratch_bytes
 from varscale.errors import UserError
 
 CHUNKS_PER_WORKER = 4  # small enough that workers finish a batch together, large enough that Python does not show
@@ -58,7 +59,7 @@ class ViewLoader:
     The views are a pure function of the file and (seed, epoch, sample, view): neither workers nor batches change them.
 
     Memory: `batches_ahead` batches of views and the one that is handed over, besides those that the consumer holds; for
-    every worker the largest image and the largest record of its chunk; 40 bytes a sample of the file.
+    every worker the largest image and record that it has met; 56 bytes a sample of the file.
 
     Args:
         beton: the file.
@@ -105,6 +106,8 @@ class ViewLoader:
             )
         self.identity = _identity(os.stat(self.beton))
         self.records = record_table(summary)
+        self.scratch_bytes = scratch_bytes(self.records)
+        self._scratch = threading.local()
         self.labels = np.full(summary.num_samples, -1, np.int64) if summary.labels is None else summary.labels
         self.seed = as_uint64(seed)[0]
         self.pinned = torch.cuda.is_available()
@@ -145,8 +148,8 @@ class ViewLoader:
 
     def _compile(self) -> None:
         """Compiles before any thread starts, on no sample."""
-        nothing, no_images = np.empty(0, np.int64), np.empty(0, np.uint8)
-        self._decode_views(-1, self.records, nothing, 0, 0, self.views, self.seed, self.seed, no_images)
+        none, nothing = np.empty(0, np.int64), np.empty(0, np.uint8)
+        self._decode_views(-1, self.records, none, 0, 0, self.views, self.seed, self.seed, nothing, nothing)
 
     def _decode(self, file: int, epoch: np.uint64, batch: np.ndarray, places: slice, images: np.ndarray) -> int:
         """Fills in the views of `batch[places]`, in a worker thread; returns how many samples it had to replace there.
@@ -156,8 +159,18 @@ class ViewLoader:
         first, replaced = places.start, 0
         wanted = batch[places].copy()
         while True:
+            indices = batch[first : places.stop]
             position, status = self._decode_views(
-                file, self.records, batch[first : places.stop], first, len(batch), self.views, self.seed, epoch, images
+                file,
+                self.records,
+                indices,
+                first,
+                len(batch),
+                self.views,
+                self.seed,
+                epoch,
+                self._scratch_for(indices),
+                images,
             )
             if status == DECODED:
                 break
@@ -168,6 +181,13 @@ class ViewLoader:
         if not self.os_cache:
             self._advise(file, wanted, os.POSIX_FADV_DONTNEED)
         return int(replaced)
+
+    def _scratch_for(self, indices: np.ndarray) -> np.ndarray:
+        """This thread's memory for decoding: new memory would cost more than some decoding does."""
+        needed = int(self.scratch_bytes[indices].max())
+        if len(getattr(self._scratch, "bytes", ())) < needed:
+            self._scratch.bytes = np.empty(needed, np.uint8)
+        return self._scratch.bytes
 
     def _instead(self, bad: int, original: int, status: int) -> int:
         """The sample that takes the place of a bad one; raises LoaderError where none may."""

@@ -28,6 +28,7 @@ def decode_views(
     views: np.ndarray,
     seed: np.uint64,
     epoch: np.uint64,
+    _: np.ndarray,
     images: np.ndarray,
 ) -> tuple[int, int]:
     """As `varscale.data.decoding.decode_views`."""

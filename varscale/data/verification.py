@@ -21,11 +21,11 @@ from varscale.data.dataset import (
 )
 from varscale.data.decoding import decode_views
 from varscale.data.geometry import VIEW
-from varscale.data.records import DECODED, FAILURES, record_table
+from varscale.data.records import DECODED, FAILURES, record_table, scratch_bytes
 from varscale.data.throughput import Throughput
 
 CHUNK = 64  # images a task
-NO_VIEWS = np.zeros(0, VIEW)  # the decoder decodes, and cuts nothing
+NO_VIEWS, NO_IMAGES = np.zeros(0, VIEW), np.zeros(0, np.uint8)  # the decoder decodes, and cuts nothing
 
 
 @dataclass(frozen=True)
@@ -94,9 +94,11 @@ def _decode(
 
 
 def _undecodable(file: int, records: np.ndarray, indices: np.ndarray) -> list[tuple[int, str]]:
-    found, nothing, zero = [], np.empty(0, np.uint8), np.uint64(0)
+    found, scratch, zero = [], np.empty(scratch_bytes(records[indices]).max(), np.uint8), np.uint64(0)
     while len(indices):
-        position, status = decode_views(file, records, indices, 0, len(indices), NO_VIEWS, zero, zero, nothing)
+        position, status = decode_views(
+            file, records, indices, 0, len(indices), NO_VIEWS, zero, zero, scratch, NO_IMAGES
+        )
         if status == DECODED:
             break
         found.append((int(indices[position]), FAILURES[status]))
