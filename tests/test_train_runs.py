@@ -2,7 +2,11 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 import textwrap
+import time
 
 import pytest
 import torch
@@ -202,6 +206,31 @@ def test_a_loss_that_is_not_finite_stops_the_run(launch, small_run, runs):
     newest = (run / "checkpoints" / "latest").read_text()
     assert int(newest.removeprefix("step-")) < report["step"]
     assert all(t.isfinite().all() for t in load_file(run / "checkpoints" / newest / "model.safetensors").values())
+
+
+def test_ctrl_c_ends_a_run_within_seconds(small_run, runs, repository):
+    run = runs / "interrupted"
+    command = ["varscale/train.py", "--config", "digits-varcon", *small_run, f"output_dir={run}", "schedule.epochs=500"]
+    process = subprocess.Popen(
+        [sys.executable, *command],
+        cwd=repository,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Started in the background, a process ignores the signal.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    try:
+        while process.poll() is None and not (run / "metrics.jsonl").exists():
+            time.sleep(0.1)
+        time.sleep(1)  # into the training, and into decoding
+        start = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert time.monotonic() - start < 30
+    assert process.returncode == 130, said
+    assert said.splitlines()[-1] == "interrupted; --resume auto goes on from the newest checkpoint"
 
 
 def test_the_script_does_not_shadow_other_packages(launch):
