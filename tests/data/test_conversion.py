@@ -10,7 +10,8 @@ from PIL import Image
 
 from varscale.data.beton import MODE_RAW
 from varscale.data.conversion import channel_statistics, convert
-from varscale.data.dataset import read_dataset_info, sample_name
+from varscale.data.dataset import read_dataset_info
+from varscale.data.names import sample_name
 
 RNG = np.random.default_rng(0)
 

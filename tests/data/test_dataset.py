@@ -10,6 +10,7 @@ import pytest
 from varscale.data import beton
 from varscale.data.beton import MODE_JPEG, MODE_RAW, SMALLEST_PAGE, BetonWriter
 from varscale.data.dataset import DatasetInfo, check_beton, read_dataset_info, write_dataset_info
+from varscale.data.names import write_names
 from varscale.errors import UserError
 
 SIZES = {"min_height": 4, "max_height": 6, "min_width": 5, "max_width": 5}
@@ -234,5 +235,8 @@ def test_fields_of_the_wrong_kind_are_refused(tmp_path):
 def test_labels_outside_the_classes_are_named(tmp_path, labels, first, label):
     path = write_beton(tmp_path / "x", labels)
     with pytest.raises(UserError, match=rf"sample {first} has label {label}, but the data set has 3 classes"):
+        check_beton(path, num_classes=3, require_labels=True)
+    write_names(path.parent, path.stem, (f"cat/{index}.jpg" for index in range(len(labels))))
+    with pytest.raises(UserError, match=rf"sample {first} \(cat/{first}\.jpg\) has label {label}"):
         check_beton(path, num_classes=3, require_labels=True)
     np.testing.assert_array_equal(check_beton(path, num_classes=None, require_labels=True).labels, labels)

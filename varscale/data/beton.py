@@ -13,6 +13,7 @@ from typing import BinaryIO, Self
 
 import numpy as np
 
+from varscale.data.names import sample_title
 from varscale.errors import UserError
 
 BETON_VERSION = 2
@@ -277,7 +278,7 @@ def _check_labels(reader: _Reader, labels: np.ndarray, num_classes: int | None) 
     if wrong.any():
         first = int(np.argmax(wrong))
         raise UserError(
-            f"{reader.path}: sample {first} has label {labels[first]}, but the data set has {num_classes} classes "
+            f"{sample_title(reader.path, first)} has label {labels[first]}, but the data set has {num_classes} classes "
             f"(labels 0 to {num_classes - 1})"
         )
 

@@ -12,10 +12,10 @@ from PIL import Image, ImageDraw, ImageFont
 from varscale.config.schema import DataConfig
 from varscale.data.augment import Augmentation
 from varscale.data.beton import BetonSummary
-from varscale.data.dataset import sample_name
 from varscale.data.geometry import CropSpec
 from varscale.data.inspection import Contents
 from varscale.data.loader import LoaderError, ViewLoader
+from varscale.data.names import sample_name
 from varscale.errors import UserError
 
 SMALLEST_CELL = 96  # pixels; smaller views are enlarged by a whole factor, so that each of their pixels stays one

@@ -18,14 +18,13 @@ from varscale.data.dataset import (
     INFO_FILE,
     SPLITS,
     DatasetInfo,
-    names_file,
     update_digest,
     write_dataset_info,
-    write_names,
 )
 from varscale.data.encoding import Encoder, chunk_encoder
 from varscale.data.images import ImageOptions, StoredImage, encode_chunk
 from varscale.data.journal import Journal, Progress, UnusableWork, fingerprint
+from varscale.data.names import names_file, write_names
 from varscale.data.sources import Source
 from varscale.data.staging import check_target, staged_directory
 from varscale.data.throughput import Throughput

@@ -4,9 +4,7 @@ import dataclasses
 import hashlib
 import json
 import struct
-from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 from varscale.data.beton import BetonSummary, check_beton
@@ -16,12 +14,9 @@ __all__ = [
     "BetonSummary",
     "DatasetInfo",
     "check_beton",
-    "names_file",
     "read_dataset_info",
-    "sample_name",
     "update_digest",
     "write_dataset_info",
-    "write_names",
 ]
 
 FORMAT_VERSION = 1
@@ -100,39 +95,6 @@ def update_digest(digest: "hashlib._Hash", label: int, mode: int, height: int, w
     """Adds one sample to a data set's digest; each split begins with its name."""
     digest.update(struct.pack("<qBHHQ", label, mode, height, width, len(data)))
     digest.update(data)
-
-
-def names_file(split: str) -> str:
-    """The file that holds the names of a split's samples."""
-    return f"{split}.names.txt"
-
-
-def write_names(directory: Path, split: str, names: Iterable[str]) -> None:
-    """Writes the names of a split's samples, in their order: one a line, a line break in a name as \\n."""
-    with open(
-        Path(directory) / names_file(split), "w", encoding="utf-8", errors="surrogateescape", newline="\n"
-    ) as file:
-        for name in names:
-            file.write(name.replace("\n", "\\n") + "\n")
-
-
-def sample_title(beton: Path, index: int) -> str:
-    """How a message calls a sample of a split's file: its number, and its name where that is known."""
-    name = sample_name(beton.parent, beton.stem, index)
-    return f"{beton}: sample {index}" + (f" ({name})" if name else "")
-
-
-def sample_name(directory: Path, split: str, index: int) -> str | None:
-    """What a sample was called in its source, such as `train/cat/7.jpg` or `x_train[17]`, fit to be printed.
-
-    None where the data set keeps no names: an earlier varscale made it, or another program.
-    """
-    try:
-        with open(Path(directory) / names_file(split), "rb") as file:
-            line = next(islice(file, index, None), None)
-    except OSError:
-        return None
-    return None if line is None else line.decode("utf-8", "backslashreplace").removesuffix("\n")
 
 
 def _read_json(path: Path) -> object:

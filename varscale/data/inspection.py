@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from varscale.data.beton import BetonSummary, check_beton
-from varscale.data.dataset import INFO_FILE, SPLITS, DatasetInfo, read_dataset_info, sample_name
+from varscale.data.dataset import INFO_FILE, SPLITS, DatasetInfo, read_dataset_info
+from varscale.data.names import sample_name
 
 FIRST_SAMPLES = 5
 

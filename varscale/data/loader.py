@@ -24,9 +24,9 @@ import numpy as np
 import torch
 
 from varscale.data.beton import check_beton
-from varscale.data.dataset import sample_title
 from varscale.data.geometry import CropSpec, view_table, views_by_size
 from varscale.data.memory import available_memory
+from varscale.data.names import sample_title
 from varscale.data.randomness import as_uint64
 from varscale.data.records import DAMAGED, DECODED, FAILURES, OTHER_SIZE, record_table, scratch_bytes
 from varscale.errors import UserError

@@ -14,13 +14,12 @@ from varscale.data.beton import MODE_JPEG, MODE_RAW, BetonSummary, check_beton
 from varscale.data.dataset import (
     SPLITS,
     DatasetInfo,
-    names_file,
     read_dataset_info,
-    sample_title,
     update_digest,
 )
 from varscale.data.decoding import decode_views
 from varscale.data.geometry import VIEW
+from varscale.data.names import names_file, sample_title
 from varscale.data.records import DECODED, FAILURES, record_table, scratch_bytes
 from varscale.data.throughput import Throughput
 

@@ -10,8 +10,8 @@ import pytest
 from pictures import GOOD, encoded, picture
 
 from varscale.data.conversion import convert
-from varscale.data.dataset import sample_name
 from varscale.data.images import ImageOptions, read
+from varscale.data.names import sample_name
 from varscale.data.sources import open_source
 from varscale.errors import UserError
 
