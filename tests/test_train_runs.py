@@ -192,6 +192,12 @@ def test_a_damaged_checkpoint_is_named(launch, small_run, varcon_alone, runs):
     assert "model.safetensors: is damaged" in done.stderr.splitlines()[-1]
 
 
+@pytest.mark.parametrize("recipe", ["digits-varcon", "digits-vssl"])
+def test_multi_crop(train, recipe):
+    local = ["data.local_views=3", "data.local_size=8", "data.local_scale=[0.2, 0.5]", "schedule.epochs=2"]
+    assert len(losses(train(recipe, f"multi-crop-{recipe}", *local))) == STEPS
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(launch, small_run, runs):
     run = runs / "nonfinite"
     done = launch(

@@ -37,13 +37,13 @@ class Contender:
         self.name, self.micro, self.images = centroids, micro_batches, sizes.global_batch_size
         shape = (config.data.views * sizes.micro_batch_size, 3, config.data.image_size, config.data.image_size)
         labels = torch.randint(options.classes, (micro_batches, sizes.micro_batch_size), device=ranks.device)
-        self.micro_batches = [MicroBatch(torch.randn(shape, device=ranks.device), y, y) for y in labels]
+        self.micro_batches = [MicroBatch((torch.randn(shape, device=ranks.device),), y, y) for y in labels]
         self.steps, self.first_passes = [], []
 
     def step(self) -> None:
         from varscale.train import take_step
 
-        synchronize = torch.cuda.synchronize if self.micro_batches[0].views.is_cuda else lambda: None
+        synchronize = torch.cuda.synchronize if self.micro_batches[0].labels.is_cuda else lambda: None
         start = time.perf_counter()
         self.learner.before_step(self.engine, self.micro_batches)
         synchronize()

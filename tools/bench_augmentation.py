@@ -86,7 +86,7 @@ def show_share(config: Config, options: argparse.Namespace, ranks: Ranks) -> Non
     times = in_turns(
         {
             "augmentation": lambda repeat: augmentation(images, indices, repeat),
-            "the rest": lambda _: take_step(engine, learner, [MicroBatch(views, labels, indices)]),
+            "the rest": lambda _: take_step(engine, learner, [MicroBatch((views,), labels, indices)]),
         },
         options.repeats,
         ranks,

@@ -102,8 +102,10 @@ def count_step(config, classes, ranks, traffic) -> tuple[dict[str, int], dict[st
     learner = build_learner(config, classes, STEPS, ranks.device)
     predicted = step_traffic(config, sizes, settings, learner, classes)
     engine, _ = open_engine(config, settings, learner, None)
-    size = config.data.image_size
-    views = torch.randn(config.data.views * sizes.micro_batch_size, 3, size, size, device=ranks.device)
+    views = tuple(
+        torch.randn(count * sizes.micro_batch_size, 3, size, size, device=ranks.device)
+        for size, count in config.data.views_by_size.items()
+    )
     # As many classes as there can be: no two images of the global batch share one.
     images = torch.arange(ranks.rank, sizes.global_batch_size, ranks.world_size, device=ranks.device) % classes
     micro_batches = [MicroBatch(views, part, part) for part in images.split(sizes.micro_batch_size)]

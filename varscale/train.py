@@ -213,9 +213,10 @@ def open_views(
 
     d = config.data
     crop = CropSpec(d.image_size, d.crop_scale, d.crop_ratio, d.flip, d.interpolation)
+    local_crop = CropSpec(d.local_size, d.local_scale, d.crop_ratio, d.flip, d.interpolation)
     loader = ViewLoader(
         d.dir / "train.beton",
-        [crop] * d.views,
+        [crop] * d.views + [local_crop] * d.local_views,
         seed=config.seed,
         workers=d.workers or ranks.cores,
         batches_ahead=d.batches_ahead,
@@ -223,18 +224,24 @@ def open_views(
         on_bad_sample=d.on_bad_sample,
         decoder=d.loader,
     )
-    augmentation = Augmentation(d.augmentation, d.views, d.image_size, data.info.mean, data.info.std, config.seed)
-    augmentation.to(ranks.device)
+    augmentations, first_view = [], 0
+    for size, count in d.views_by_size.items():
+        settings = (d.augmentation, count, size, data.info.mean, data.info.std, config.seed, first_view)
+        augmentations.append(Augmentation(*settings).to(ranks.device))
+        first_view += count
 
     # The layout of the input decides the layout of every activation; DeepSpeed wants plain parameters.
     layout = torch.channels_last if config.compute.channels_last else torch.contiguous_format
 
     def augment(batch: Batch, epoch: int) -> MicroBatch:
-        images, labels, indices = (
-            tensor.to(ranks.device, non_blocking=True) for tensor in (batch.images[0], batch.labels, batch.indices)
+        views = (
+            augmentation(images.to(ranks.device, non_blocking=True), batch.indices, epoch)
+            for augmentation, images in zip(augmentations, batch.images, strict=True)
         )
-        views = augmentation(images, batch.indices, epoch)
-        return MicroBatch(views.contiguous(memory_format=layout), labels, indices, batch.skipped)
+        labels, indices = (tensor.to(ranks.device, non_blocking=True) for tensor in (batch.labels, batch.indices))
+        return MicroBatch(
+            tuple(part.contiguous(memory_format=layout) for part in views), labels, indices, batch.skipped
+        )
 
     return loader, augment
 

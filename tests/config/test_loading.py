@@ -40,6 +40,7 @@ def test_configurations_are_frozen():
         load_config("digits-varcon").seed = 3
 
 
+VIT = ["encoder.name=vit_s", "encoder.stem=null", "encoder.patch_size=4"]
 MISTAKES = [
     ("digits-varcom", [], "nearest: digits-varcon"),
     ("missing.yaml", [], "No such file"),
@@ -60,6 +61,8 @@ MISTAKES = [
     ("digits-varcon", ["schedule.kind=steps"], "schedule.milestones: schedule.kind=steps needs"),
     ("digits-varcon", ["schedule.epochs=many"], "schedule.epochs is 'many'"),
     ("digits-varcon", ["data.crop_scale=[0.9, 0.5]"], "data.crop_scale is [0.9, 0.5]"),
+    ("digits-varcon", ["data.local_views=6", "data.local_size=32"], "data.local_size is data.image_size (32)"),
+    ("digits-varcon", ["data.local_views=6", *VIT], "data.local_views: vit_s takes views of one size only"),
     ("digits-varcon", ["data.crop_scale=[0.5]"], "data.crop_scale needs 2 values, found 1"),
     ("digits-varcon", ["data.views=1"], "data.views is 1"),
     ("digits-varcon", ["optimizer.lr=.nan"], "optimizer.lr is nan"),

@@ -219,6 +219,16 @@ def test_further_views_follow_the_second():
     assert augmentation.photometric == (POLICIES["byol"][0], *[POLICIES["byol"][1]] * 3)
 
 
+def test_views_of_another_size_go_on_counting():
+    first = Augmentation("byol", 2, 32, MEAN, STD, seed=0)
+    further = Augmentation("byol", 3, 80, MEAN, STD, seed=0, first_view=2)
+    whole = Augmentation("byol", 5, 32, MEAN, STD, seed=0)
+    assert (*first.photometric, *further.photometric) == whole.photometric
+    for view in range(3):
+        ours, expected = further.draw(torch.arange(9), 1, view), whole.draw(torch.arange(9), 1, 2 + view)
+        assert all(torch.equal(*pair) for pair in zip(ours, expected, strict=True))
+
+
 @pytest.mark.parametrize("policy", ["simaugment", "byol", "simclr"])
 @pytest.mark.parametrize("view", [0, 1])
 def test_parameters_are_distributed_as_torchvisions(policy, view):

@@ -40,7 +40,7 @@ def work(folder: Path, zero: str) -> None:
     for step in range(1, STEPS + 1):
         views = torch.randn(2, IMAGES, 3, SIZE, SIZE, generator=generator)
         mine = views.chunk(ranks.world_size, dim=1)[ranks.rank].flatten(0, 1)
-        take_step(engine, learner, [MicroBatch(mine, *torch.zeros(2, len(mine) // 2, dtype=torch.int64))])
+        take_step(engine, learner, [MicroBatch((mine,), *torch.zeros(2, len(mine) // 2, dtype=torch.int64))])
         learner.after_step(step)
         held.append(bytes_held(learner.teacher))
         student.load_state_dict(whole_state_dict(engine.module))

@@ -17,6 +17,7 @@ CASES = {
     "varcon exact, zero2": ("digits-varcon", ["deepspeed.config=zero2", TWO], 10),
     "varcon, a million classes": ("digits-varcon", [TWO], 1_000_000),
     "vssl zero1": ("digits-vssl", ["deepspeed.config=zero1"], 10),
+    "vssl multi-crop": ("digits-vssl", ["data.local_views=2", "data.local_size=8"], 10),
     "vssl micro-batches, zero3": ("digits-vssl", ["deepspeed.config=zero3", TWO], 10),
 }
 SLOW = {

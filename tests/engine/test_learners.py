@@ -5,6 +5,8 @@ import torch
 
 from varscale.config import load_config
 from varscale.engine.learners import MicroBatch, build_learner
+from varscale.objectives.varcon import varcon_loss
+from varscale.objectives.vssl import Gaussian, vssl_loss
 
 VIT = ["encoder.name=vit_ti", "encoder.stem=null", "encoder.patch_size=8"]
 
@@ -13,9 +15,9 @@ def batches(count, images=8, seed=0):
     generator = torch.Generator().manual_seed(seed)
     whole = torch.randn(2, count, images, 3, 16, 16, generator=generator)
     labels = torch.randint(0, 4, (count, images), generator=generator)
-    return [MicroBatch(whole[:, i].flatten(0, 1), labels[i], torch.arange(images)) for i in range(count)], MicroBatch(
-        whole.flatten(0, 2), labels.flatten(), torch.arange(count * images)
-    )
+    return [
+        MicroBatch((whole[:, i].flatten(0, 1),), labels[i], torch.arange(images)) for i in range(count)
+    ], MicroBatch((whole.flatten(0, 2),), labels.flatten(), torch.arange(count * images))
 
 
 def learner_for(recipe, *overrides):
@@ -58,12 +60,10 @@ def test_the_first_pass_leaves_running_statistics_alone():
 
 
 def test_the_shown_temperature_is_mean_and_deviation_over_samples():
-    from varscale.objectives.varcon import varcon_loss
-
     _, whole = batches(1, images=32)
     learner = learner_for("digits-varcon", *VIT)
     _, shown = gradient(learner, [whole])
-    _, terms = varcon_loss(learner.network(whole.views), whole.labels.repeat(2), 5)
+    _, terms = varcon_loss(learner.network(*whole.views), whole.labels.repeat(2), 5)
     assert shown["tau2"] == pytest.approx(terms["tau2"].mean().item(), rel=1e-6)
     assert shown["tau2_std"] == pytest.approx(terms["tau2"].std(correction=0).item(), rel=1e-3)
 
@@ -94,7 +94,29 @@ def test_the_teacher_moves_by_its_schedule_and_is_not_trained():
 def test_more_than_two_views():
     config = load_config("digits-vssl", ["data.views=3", "compute.precision=float32"])
     learner = build_learner(config, num_classes=5, total_steps=10, device=torch.device("cpu"))
-    batch = MicroBatch(torch.randn(12, 3, 16, 16), torch.zeros(4, dtype=torch.int64), torch.arange(4))
+    batch = MicroBatch((torch.randn(12, 3, 16, 16),), torch.zeros(4, dtype=torch.int64), torch.arange(4))
     loss, terms = learner.loss(learner.network, batch)
     assert torch.isfinite(loss)
     assert 0 <= learner.derive(terms)["spread"] <= 1
+
+
+@pytest.mark.parametrize("recipe", ["digits-varcon", "digits-vssl"])
+def test_views_of_several_sizes(recipe):
+    learner = learner_for(recipe, "data.local_views=3", "data.local_size=8", "encoder.stem=cifar")
+    generator = torch.Generator().manual_seed(0)
+    large, small = (torch.randn(count * 4, 3, size, size, generator=generator) for count, size in ((2, 16), (3, 8)))
+    labels = torch.tensor([0, 1, 1, 2])
+    loss, _ = learner.loss(learner.network, MicroBatch((large, small), labels, torch.arange(4)))
+    if recipe == "digits-varcon":
+        embeddings = torch.cat([learner.network.encoder(part) for part in (large, small)])
+        expected, _ = varcon_loss(learner.network.head(embeddings), labels.repeat(5), 5)
+    else:
+        # Every view of the student against every other large one of the teacher: 5 x 2 - 2 pairs.
+        student = learner.network(large, small)
+        views = [Gaussian(*view) for view in zip(*(part.split(4) for part in student), strict=True)]
+        teacher = [Gaussian(*view) for view in zip(*(part.split(4) for part in learner.teacher(large)), strict=True)]
+        pairs = [(a, b) for a in range(5) for b in range(2) if a != b]
+        assert len(pairs) == 8
+        losses = [vssl_loss([views[a]] * 2, [teacher[b]] * 2)[0] for a, b in pairs]
+        expected = sum(losses) / len(pairs)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)

@@ -32,6 +32,9 @@ class DataConfig(Section):
     image_size: PositiveInt = 32
     crop_scale: tuple[Fraction, Fraction] = (0.2, 1.0)
     crop_ratio: tuple[PositiveFloat, PositiveFloat] = (3 / 4, 4 / 3)
+    local_views: NonNegativeInt = 0  # multi-crop: further views, smaller and of smaller parts of the image
+    local_size: PositiveInt = 96
+    local_scale: tuple[Fraction, Fraction] = (0.05, 0.2)
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     flip: Probability = 0.5
     augmentation: Literal[
@@ -45,11 +48,18 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _ranges_ascend(self) -> Self:
-        for key in ("crop_scale", "crop_ratio"):
+        for key in ("crop_scale", "crop_ratio", "local_scale"):
             low, high = getattr(self, key)
             if low > high:
                 raise ValueError(f"data.{key} is [{low:g}, {high:g}], but its first value must not exceed its second")
+        if self.local_views and self.local_size == self.image_size:
+            raise ValueError(f"data.local_size is data.image_size ({self.image_size}): raise data.views instead")
         return self
+
+    @property
+    def views_by_size(self) -> dict[int, int]:
+        """How many views of an image there are of each size in pixels, in order."""
+        return {self.image_size: self.views} | ({self.local_size: self.local_views} if self.local_views else {})
 
 
 class EncoderConfig(Section):
@@ -247,6 +257,8 @@ class Config(Section):
     @model_validator(mode="after")
     def _patches_tile_the_image(self) -> Self:
         patch, size = self.encoder.patch_size, self.data.image_size
+        if self.encoder.is_vit and self.data.local_views:
+            raise ValueError(f"data.local_views: {self.encoder.name} takes views of one size only, a ResNet of several")
         if patch is not None and size % patch:
             divisors = [d for d in range(1, size + 1) if size % d == 0]
             nearest = min(divisors, key=lambda d: (abs(d - patch), -d))

@@ -105,6 +105,7 @@ class Augmentation(nn.Module):
         image_size: height and width of the views, pixels. Up to 64 pixels nothing is blurred.
         mean, std: of the data set's channels, on the scale [0, 1].
         seed: of the random parameters.
+        first_view: the number of the first of these views among all views of an image.
         compiled: on a CPU, `varscale.data.compiled_colour` in place of torch's operations, several times as fast; not
             where the policy has operations of AutoAugment's kind.
 
@@ -120,6 +121,7 @@ class Augmentation(nn.Module):
         mean: Sequence[float],
         std: Sequence[float],
         seed: int,
+        first_view: int = 0,
         compiled: bool = True,
     ) -> None:
         super().__init__()
@@ -128,8 +130,8 @@ class Augmentation(nn.Module):
         if views < 1:
             raise ValueError(f"views must be at least 1, got {views}")
         first, other = POLICIES[policy]
-        self.photometric = (first, *[other] * (views - 1))
-        self.image_size, self.seed = image_size, seed
+        self.photometric = (first, *[other] * (first_view + views - 1))[first_view:]
+        self.image_size, self.seed, self.first_view = image_size, seed, first_view
         self.compiled = compiled and not any(view.operations for view in self.photometric)
         self.blurs = image_size > LARGEST_SMALL_IMAGE and any(view.blur for view in self.photometric)
         scale = 1 / torch.tensor(std, dtype=torch.float32).view(1, 3, 1, 1)
@@ -229,7 +231,7 @@ class Augmentation(nn.Module):
 
     def _streams(self, indices: torch.Tensor, epoch: int, view: int) -> np.ndarray:
         samples = indices.numpy().astype(np.uint64)
-        return stream(as_uint64(self.seed), as_uint64(epoch), samples, as_uint64(view))
+        return stream(as_uint64(self.seed), as_uint64(epoch), samples, as_uint64(self.first_view + view))
 
     def _augment(
         self,

@@ -19,17 +19,17 @@ def step_flops(config: Config, sizes: BatchSizes, learner: Learner, num_classes:
 
     learner: before ZeRO-3 has partitioned it.
     """
-    views = config.data.views * sizes.micro_batch_size * sizes.gradient_accumulation_steps
-    size = config.data.image_size
-    flops = {"student": views * training_flops(learner.network, size)}
+    images = sizes.micro_batch_size * sizes.gradient_accumulation_steps
+    views = {size: images * count for size, count in config.data.views_by_size.items()}
+    flops = {"student": sum(count * training_flops(learner.network, size) for size, count in views.items())}
     if has_first_pass(config, sizes):
-        flops["first pass"] = views * forward_flops(learner.network, size)
+        flops["first pass"] = sum(count * forward_flops(learner.network, size) for size, count in views.items())
     for name, companion in learner.companions().items():
-        flops[name] = views * forward_flops(companion, size)
+        flops[name] = images * config.data.views * forward_flops(companion, config.data.image_size)
     if isinstance(config.objective, VarConConfig):
         # Logits, and the mean centroid under each posterior: 2 N K D each.
         classes = min(num_classes, sizes.global_batch_size)
-        flops["class logits"] = 4 * views * classes * config.objective.embedding_dim
+        flops["class logits"] = 4 * sum(views.values()) * classes * config.objective.embedding_dim
     return flops
 
 

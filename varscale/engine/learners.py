@@ -19,15 +19,15 @@ from varscale.objectives.vssl import Gaussian, spread, vssl_loss
 
 COLLAPSED = 0.2  # below this spread of the latent means, VSSL is warned about
 
-Forward = Callable[[Tensor], object]
+Forward = Callable[..., object]
 Terms = dict[str, Tensor]
 
 
 class MicroBatch(NamedTuple):
-    """Augmented views on the device, view by view: row v * N + n is view v of image n."""
+    """Augmented views on the device, view by view: row v * N + n of all views is view v of image n."""
 
-    views: Tensor
-    """(V * N, 3, H, W) float."""
+    views: tuple[Tensor, ...]
+    """For each size of views one (V * N, 3, size, size) float."""
     labels: Tensor
     """(N,) int64; -1 where the data has none."""
     indices: Tensor
@@ -94,14 +94,14 @@ class VarConLearner:
         if len(micro_batches) == 1 or self.objective.centroids == "micro":
             return  # one micro-batch is the whole batch: its loss exchanges its own statistics
         with torch.no_grad(), frozen_running_statistics(self.network):
-            parts = [local_statistics(forward(b.views), _labels(b), self.num_classes) for b in micro_batches]
+            parts = [local_statistics(forward(*b.views), _labels(b), self.num_classes) for b in micro_batches]
         total = parts[0]
         for part in parts[1:]:
             total = total + part
         self.statistics = total.all_reduce()
 
     def loss(self, forward: Forward, batch: MicroBatch) -> tuple[Tensor, Terms]:
-        o, embeddings, labels = self.objective, forward(batch.views), _labels(batch)
+        o, embeddings, labels = self.objective, forward(*batch.views), _labels(batch)
         shared = {"temperature": o.temperature, "epsilon": o.epsilon, "detach_target": o.detach_target}
         if self.statistics is None:
             loss, terms = varcon_loss(
@@ -152,7 +152,6 @@ class VSSLLearner:
         )
         self.teacher = MomentumTeacher(self.network)
         self.objective = objective
-        self.views = config.data.views
         self.autocast = config.compute.precision == "bfloat16"
         self.total_steps = total_steps
 
@@ -161,9 +160,10 @@ class VSSLLearner:
 
     def loss(self, forward: Forward, batch: MicroBatch) -> tuple[Tensor, Terms]:
         o = self.objective
-        student = self._by_view(forward(batch.views))
-        with torch.autocast(batch.views.device.type, torch.bfloat16, enabled=self.autocast):
-            teacher = self._by_view(self.teacher(batch.views))
+        views, images = batch.views, len(batch.labels)
+        student = _by_view(forward(*views), images)
+        with torch.autocast(views[0].device.type, torch.bfloat16, enabled=self.autocast):
+            teacher = _by_view(self.teacher(views[0]), images)  # small crops say too little to learn from
         loss, terms = vssl_loss(
             student,
             teacher,
@@ -198,10 +198,10 @@ class VSSLLearner:
     def companions(self) -> dict[str, nn.Module]:
         return {"teacher": self.teacher}
 
-    def _by_view(self, output: tuple[Tensor, Tensor]) -> list[Gaussian]:
-        mean, logvar = output
-        return [Gaussian(*view) for view in zip(mean.chunk(self.views), logvar.chunk(self.views), strict=True)]
+
+def _by_view(output: tuple[Tensor, Tensor], images: int) -> list[Gaussian]:
+    return [Gaussian(*view) for view in zip(*(part.split(images) for part in output), strict=True)]
 
 
 def _labels(batch: MicroBatch) -> Tensor:
-    return batch.labels.repeat(len(batch.views) // len(batch.labels))
+    return batch.labels.repeat(sum(map(len, batch.views)) // len(batch.labels))

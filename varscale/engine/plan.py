@@ -25,7 +25,8 @@ def describe(config: Config, sizes: BatchSizes, deepspeed: dict) -> str:
         "DeepSpeed": json.dumps(deepspeed, indent=2),
         "batch": (
             f"{sizes.global_batch_size} images a step = micro batch {sizes.micro_batch_size} x accumulation "
-            f"{sizes.gradient_accumulation_steps} x world size {sizes.world_size}; {config.data.views} views an image"
+            f"{sizes.gradient_accumulation_steps} x world size {sizes.world_size}; "
+            + " + ".join(f"{count} views of {size} pixels" for size, count in config.data.views_by_size.items())
         ),
         "length": _length(config, sizes),
         "parameters": _parameters(learner.network),
@@ -64,7 +65,8 @@ def _memory(config: Config, sizes: BatchSizes, stage: int, learner) -> str:
     count = sum(p.numel() for p in learner.network.parameters())
     teacher = sum(p.numel() for module in learner.companions().values() for p in module.parameters())
     activations = _activation_bytes(config, learner) * sizes.micro_batch_size / PROBE
-    pixels = sizes.micro_batch_size * sizes.gradient_accumulation_steps * config.data.views * config.data.image_size**2
+    view_pixels = sum(count * size**2 for size, count in config.data.views_by_size.items())
+    pixels = sizes.micro_batch_size * sizes.gradient_accumulation_steps * view_pixels
     parts = {
         "parameters": 4 * count / (ranks if stage >= 3 else 1),
         "gradients": 4 * count / (ranks if stage >= 2 else 1),
@@ -97,9 +99,9 @@ def _activation_bytes(config: Config, learner) -> float:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    images = torch.zeros(PROBE * config.data.views, 3, config.data.image_size, config.data.image_size)
+    views = [torch.zeros(PROBE * count, 3, size, size) for size, count in config.data.views_by_size.items()]
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=config.compute.precision == "bfloat16")
     with autocast, torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        output = learner.network(images)
+        output = learner.network(*views)
     del output
     return sum(kept.values())

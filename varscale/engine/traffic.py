@@ -113,7 +113,7 @@ def step_traffic(
     groups = _parameter_groups(config, learner)
     messages = [
         *_parameter_messages(stage, micro, first_passes, len(groups), learner, deepspeed),
-        *_batch_norm_messages(micro, first_passes, learner),
+        *_batch_norm_messages(micro, first_passes, learner, len(config.data.views_by_size)),
     ]
     if stage:
         numbers = 2 if stage == 3 else 1
@@ -160,8 +160,11 @@ def _parameter_messages(
     return messages
 
 
-def _batch_norm_messages(micro: int, first_passes: int, learner: Learner) -> list[Message]:
-    """8 (2C + 1) bytes forward and 16 C backward for each layer of C channels; the teacher has no backward pass."""
+def _batch_norm_messages(micro: int, first_passes: int, learner: Learner, view_sizes: int) -> list[Message]:
+    """8 (2C + 1) bytes forward and 16 C backward for each layer of C channels; the teacher has no backward pass.
+
+    The encoder's layers see each size of views by itself; the heads see all views together, the teacher one size.
+    """
 
     def layers(*modules: nn.Module) -> list[int]:
         return [m.num_features for module in modules for m in module.modules() if isinstance(m, SyncBatchNorm)]
@@ -171,7 +174,12 @@ def _batch_norm_messages(micro: int, first_passes: int, learner: Learner) -> lis
         return Message(purpose, "all_reduce", bytes_, (forward + backward) * len(channels))
 
     return [
-        message("batch norm", layers(learner.network), micro + first_passes, micro),
+        message(
+            "batch norm",
+            layers(learner.network) + layers(learner.network.encoder) * (view_sizes - 1),
+            micro + first_passes,
+            micro,
+        ),
         message("teacher's batch norm", layers(*learner.companions().values()), micro, 0),
     ]
 

@@ -1,24 +1,30 @@
 """The networks that are trained: an encoder with the heads its objective needs."""
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor, nn
 
 from varscale.models.heads import Gaussian, GaussianHead, ProjectionHead, batch_normalised_mlp
 
 
 class VarConNetwork(nn.Module):
-    """images (N, 3, H, W) -> unit-norm embeddings (N, D) for the VarCon objective."""
+    """images (N, 3, H, W), of one size or of several -> unit-norm embeddings (N, D) for the VarCon objective."""
 
     def __init__(self, encoder: nn.Module, head: nn.Module):
         super().__init__()
         self.encoder = encoder
         self.head = head
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.encoder(images))
+    def forward(self, *images: Tensor) -> Tensor:
+        return self.head(encode(self.encoder, images))
 
 
 class VSSLNetwork(nn.Module):
-    """images (N, 3, H, W) -> `Gaussian` of (N, d) and (N, d) for the VSSL objective; the teacher has no predictor."""
+    """images (N, 3, H, W), of one size or of several -> `Gaussian` of (N, d) and (N, d) for the VSSL objective.
+
+    The teacher has no predictor.
+    """
 
     def __init__(self, encoder: nn.Module, projector: nn.Module, predictor: nn.Module | None, gaussian: nn.Module):
         super().__init__()
@@ -27,11 +33,21 @@ class VSSLNetwork(nn.Module):
         self.predictor = predictor
         self.gaussian = gaussian
 
-    def forward(self, images: Tensor) -> Gaussian:
-        latents = self.projector(self.encoder(images))
+    def forward(self, *images: Tensor) -> Gaussian:
+        latents = self.projector(encode(self.encoder, images))
         if self.predictor is not None:
             latents = self.predictor(latents)
         return self.gaussian(latents)
+
+
+def encode(encoder: nn.Module, images: Sequence[Tensor]) -> Tensor:
+    """The features of images of several sizes, one size after the other: (N, feature_dim).
+
+    Batch normalisation takes its statistics for each size by itself, as multi-crop training does (SwAV's,
+    arXiv 2006.09882).
+    """
+    features = [encoder(part) for part in images]
+    return features[0] if len(features) == 1 else torch.cat(features)
 
 
 def build_varcon_network(encoder: nn.Module, *, embedding_dim: int = 128) -> VarConNetwork:

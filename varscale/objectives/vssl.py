@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from itertools import permutations
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -45,7 +45,7 @@ def vssl_loss(
 
     Args:
         student: one Gaussian a view, `mean` and `logvar` (N, d) float; below float32 they are computed in float32.
-        teacher: likewise, for the same views of the same samples.
+        teacher: likewise, for the same views of the same samples, or, in multi-crop training, for the first of them.
         distance: "cosine" or "euclidean", the distance between means.
         kl_weight, likelihood_weight, prior_weight: at least 0.
         logvar_bounds: lower and upper bound of `soft_clamp` on every logvar.
@@ -69,7 +69,7 @@ def vssl_loss(
     with torch.autocast(student[0].mean.device.type, enabled=False):
         student = [_bounded(view, logvar_bounds) for view in student]
         teacher = [_bounded(Gaussian(view.mean.detach(), view.logvar.detach()), logvar_bounds) for view in teacher]
-        pairs = [_DISTANCES[distance](student[a], teacher[b]) for a, b in permutations(range(len(student)), 2)]
+        pairs = [_DISTANCES[distance](student[a], teacher[b]) for a, b in _pairs(student, teacher)]
         kl, nll = (torch.stack(term).mean() for term in zip(*pairs, strict=True))
         loss = kl_weight * kl + likelihood_weight * nll
         terms = {"kl": kl, "nll": nll}
@@ -114,6 +114,11 @@ def soft_clamp(values: Tensor, low: float, high: float) -> Tensor:
     return middle + half * torch.where(outside, outer, inner)
 
 
+def _pairs(student: Sequence[Gaussian], teacher: Sequence[Gaussian]) -> list[tuple[int, int]]:
+    """Every view of the student with every other view of the teacher."""
+    return [(a, b) for a, b in product(range(len(student)), range(len(teacher))) if a != b]
+
+
 def _euclidean_terms(student: Gaussian, teacher: Gaussian) -> tuple[Tensor, Tensor]:
     """KL(q_s || p_t) and E_{z~p_t}[-log q_s(z)] of the Gaussians themselves: summed over dimensions, in nats."""
     difference = student.logvar - teacher.logvar
@@ -147,7 +152,7 @@ def _prior_term(student: Gaussian, distance: str) -> Tensor:
 @torch.no_grad()
 def _diagnostics(student: Sequence[Gaussian], teacher: Sequence[Gaussian]) -> dict[str, Tensor]:
     """The terms that show a collapse; see `vssl_loss`."""
-    pairs = permutations(range(len(student)), 2)
+    pairs = _pairs(student, teacher)
     logvar = torch.stack([view.logvar for view in student])
     directions = torch.stack([_normalised(view.mean) for view in student])
     return {
@@ -189,9 +194,10 @@ def _check_options(distance: str, weights: dict[str, float], logvar_bounds: tupl
 
 
 def _check_views(student: Sequence[Gaussian], teacher: Sequence[Gaussian]) -> None:
-    if len(student) < 2 or len(teacher) != len(student):
+    if not 2 <= len(teacher) <= len(student):
         raise ValueError(
-            f"student, teacher: expected the same two or more views of both, found {len(student)} and {len(teacher)}"
+            "student, teacher: expected two or more views of both, and none that only the teacher sees, "
+            f"found {len(student)} and {len(teacher)}"
         )
     first = student[0].mean
     for network, views in (("student", student), ("teacher", teacher)):
