@@ -1,0 +1,214 @@
+"""The loader when things go wrong: an end within seconds, or another sample in the bad one's place; bounded memory."""
+
+import io
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+from betons import COUNT, TWO_VIEWS, by_sample, load, smooth_image, write_beton
+from PIL import Image
+
+pytest.importorskip("ffcv")
+
+from varscale.data import loader as loader_module
+from varscale.data.loader import LoaderError, ViewLoader
+from varscale.errors import UserError
+
+pytestmark = pytest.mark.timeout(120)
+
+
+@pytest.fixture
+def damaged(tmp_path, jpeg_beton):
+    """A copy of the JPEG file in which sample 11 can be damaged by a function of its bytes."""
+
+    def damage(change):
+        record = ViewLoader(jpeg_beton, TWO_VIEWS, seed=0, workers=1).records[11]
+        content = bytearray(jpeg_beton.read_bytes())
+        start, size = int(record["offset"]), int(record["size"])
+        damaged = change(bytes(content[start : start + size]))
+        assert len(damaged) == size
+        content[start : start + size] = damaged
+        path = tmp_path / "damaged.beton"
+        path.write_bytes(content)
+        return path
+
+    return damage
+
+
+def cut_entropy_data(jpeg):
+    """End of image in the middle of the data: TurboJPEG warns and fills up with grey."""
+    middle = len(jpeg) * 3 // 4
+    return jpeg[:middle] + b"\xff\xd9" * ((len(jpeg) - middle) // 2) + b"\0" * ((len(jpeg) - middle) % 2)
+
+
+def other_picture(jpeg):
+    """A sound JPEG of another size: TurboJPEG scales it to fit and reports success."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (20, 20)).save(buffer, "JPEG")
+    return buffer.getvalue().ljust(len(jpeg), b"\0")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (cut_entropy_data, "its JPEG data are damaged"),
+        (other_picture, "its JPEG header is damaged"),
+        (lambda jpeg: bytes(len(jpeg)), "its JPEG header is damaged"),
+        (lambda jpeg: b"\xff" * len(jpeg), "its JPEG header is damaged"),
+    ],
+)
+def test_a_damaged_jpeg_ends_the_iteration(damaged, change, reason, workers):
+    path = damaged(change)
+    loader = ViewLoader(path, TWO_VIEWS, seed=7, workers=workers)
+    threads = threading.active_count()
+    batches = loader.batches(np.arange(20).reshape(5, 4), epoch=0)
+    start = time.monotonic()
+    assert [next(batches).indices.tolist() for _ in range(2)] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    with pytest.raises(LoaderError, match=rf"damaged\.beton: sample 11 cannot be loaded: {reason}"):
+        next(batches)
+    assert time.monotonic() - start < 1
+    assert threading.active_count() == threads
+    assert list(batches) == []
+
+
+@pytest.mark.parametrize("decoder", ["ffcv", "torch"])
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_bad_sample_can_be_skipped(damaged, jpeg_beton, capsys, workers, decoder):
+    path = damaged(lambda jpeg: bytes(len(jpeg)))
+    options = {"workers": workers, "decoder": decoder}
+    sound = by_sample(load(jpeg_beton, np.array([[12]]), **options))[12]
+    for indices in (np.array([[3, 11], [11, 12], [4, 5]]), np.array([[11, 3, 11]])):
+        batches = load(path, indices, on_bad_sample="skip", **options)
+        assert [b.indices.tolist() for b in batches] == np.where(indices == 11, 12, indices).tolist()
+        assert [b.labels.tolist() for b in batches] == [[3 * i for i in b.indices.tolist()] for b in batches]
+        assert [b.skipped for b in batches] == (indices == 11).sum(1).tolist()
+        for batch in batches:
+            for index, views in zip(batch.indices.tolist(), batch.images[0].numpy(), strict=True):
+                assert index != 12 or np.array_equal(views, sound)
+    said = capsys.readouterr().err
+    assert said.count("sample 11 cannot be loaded: its JPEG") == 2  # once a loader
+    assert "sample 12 takes its place" in said
+
+
+def test_a_file_of_nothing_but_bad_samples_ends_the_iteration(copy):
+    content = bytearray(copy.read_bytes())
+    for record in ViewLoader(copy, TWO_VIEWS, seed=7, workers=1).records:
+        start, size = int(record["offset"]), int(record["size"])
+        content[start : start + size] = bytes(size)
+    copy.write_bytes(content)
+    with pytest.raises(LoaderError, match="neither can those before it, from sample 4 on"):
+        load(copy, np.array([[4]]), on_bad_sample="skip")
+
+
+@pytest.fixture
+def copy(tmp_path, jpeg_beton):
+    path = tmp_path / "copy.beton"
+    path.write_bytes(jpeg_beton.read_bytes())
+    return path
+
+
+def test_a_file_cut_short_under_the_workers_ends_the_iteration(copy):
+    loader = ViewLoader(copy, TWO_VIEWS, seed=7, workers=2, batches_ahead=1)
+    record = loader.records[22]
+    # Long enough that the file is cut before the workers reach the last sample.
+    batch = np.append(np.tile(np.arange(22), 200), 22)
+    with loader.batches(batch[None], epoch=0) as batches:
+        os.truncate(copy, int(record["offset"]) + int(record["size"]) // 2)
+        with pytest.raises(LoaderError, match=r"copy\.beton: sample 22 cannot be loaded: the file ends"):
+            next(batches)
+
+
+def test_a_file_written_to_while_loading_ends_the_iteration(copy):
+    loader = ViewLoader(copy, TWO_VIEWS, seed=7, workers=2)
+    with loader.batches(np.arange(COUNT)[:, None], epoch=0) as batches:
+        next(batches)
+        with open(copy, "r+b") as file:
+            file.seek(int(loader.records[0]["offset"]))
+            file.write(b"other")
+        with pytest.raises(LoaderError, match=r"copy\.beton was changed"):
+            next(batches)
+
+
+def test_a_file_changed_between_epochs_is_refused(copy):
+    loader = ViewLoader(copy, TWO_VIEWS, seed=7, workers=1)
+    copy.write_bytes(copy.read_bytes()[:-24])
+    with pytest.raises(LoaderError, match=r"copy\.beton was changed"):
+        loader.batches(np.arange(4)[None], epoch=0)
+    copy.unlink()
+    with pytest.raises(LoaderError, match=r"copy\.beton cannot be opened"):
+        loader.batches(np.arange(4)[None], epoch=0)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("view-loader")]
+
+
+def test_missing_and_truncated_files_are_the_users_to_mend(tmp_path, jpeg_beton):
+    with pytest.raises(UserError, match="absent"):
+        ViewLoader(tmp_path / "absent.beton", TWO_VIEWS, seed=0, workers=1)
+    cut = tmp_path / "cut.beton"
+    cut.write_bytes(jpeg_beton.read_bytes()[: jpeg_beton.stat().st_size // 2])
+    with pytest.raises(UserError, match=r"cut\.beton"):
+        ViewLoader(cut, TWO_VIEWS, seed=0, workers=1)
+
+
+@pytest.mark.parametrize("leave", ["break", "raise", "collect"])
+def test_an_early_stop_leaves_no_thread_and_no_open_file(jpeg_beton, leave):
+    loader = ViewLoader(jpeg_beton, TWO_VIEWS, seed=7, workers=3)
+    threads, files = threading.active_count(), len(os.listdir("/proc/self/fd"))
+    indices = np.tile(np.arange(20).reshape(5, 4), (20, 1))
+    if leave == "collect":
+        batches = loader.batches(indices, epoch=0)
+        next(batches)
+        del batches
+    else:
+        with pytest.raises(KeyboardInterrupt) if leave == "raise" else loader.batches(indices, 0) as batches:
+            if leave == "break":
+                next(batches)
+            else:
+                with loader.batches(indices, 0) as batches:
+                    next(batches)
+                    raise KeyboardInterrupt
+    assert threading.active_count() == threads
+    assert len(os.listdir("/proc/self/fd")) == files
+
+
+def test_a_file_larger_than_memory_is_streamed_or_refused(raw_beton, monkeypatch):
+    monkeypatch.setattr(loader_module, "available_memory", lambda: 1000)
+    assert ViewLoader(raw_beton, TWO_VIEWS, seed=0, workers=1, os_cache=None).os_cache is False
+    with pytest.raises(UserError, match=r"raw\.beton has 0\.0 GB.*set data\.os_cache=false"):
+        ViewLoader(raw_beton, TWO_VIEWS, seed=0, workers=1, os_cache=True)
+    monkeypatch.undo()
+    assert ViewLoader(raw_beton, TWO_VIEWS, seed=0, workers=1, os_cache=None).os_cache is True
+
+
+PEAK = """
+import sys
+from pathlib import Path
+import numpy as np
+from varscale.data.geometry import CropSpec
+from varscale.data.loader import ViewLoader
+sys.path.insert(0, "tools")
+from measuring import resident_growth
+loader = ViewLoader(Path(sys.argv[1]), [CropSpec(32, (0.9, 1.0))] * 2, seed=0, workers=2, batches_ahead=2)
+indices = np.resize(np.arange(loader.num_samples), (4, 4096))
+def run():
+    with loader.batches(indices, 0) as batches:
+        for batch in batches:
+            pass
+print(resident_growth(run))
+"""
+
+
+def test_memory_does_not_grow_with_a_batchs_images(tmp_path, repository):
+    # 4,096 images of 500x500 are 3.1 GB decoded; their views, 25 MB a batch.
+    random = np.random.default_rng(5)
+    path = write_beton(tmp_path / "x.beton", [smooth_image(random, 500, 500) for _ in range(8)], "jpg")
+    result = subprocess.run(
+        [sys.executable, "-c", PEAK, str(path)], capture_output=True, text=True, check=True, cwd=repository
+    )
+    batches = (2 + 1 + 1) * 4096 * 2 * 32 * 32 * 3  # ahead, handed over, and the consumer's last one
+    workers = 2 * (500 * 500 * 3 + 200_000)
+    assert batches * 0.5 < int(result.stdout) < (batches + workers) * 1.2 + 8e6
