@@ -68,8 +68,8 @@ class ViewLoader:
         workers: threads that decode.
         batches_ahead: how many batches are decoded before they are asked for.
         os_cache: leave the file to the operating system's cache, which serves the next epoch. False is for files larger
-            than memory: the records of coming batches are read ahead and dropped from the cache once decoded. None
-            decides by the memory that is free now.
+            than memory: the records of coming batches are read ahead and dropped from the cache once decoded. By
+            default the memory that is free now decides.
         on_bad_sample: "stop" raises; "skip" lets the next sound sample of the file take a damaged one's place.
         decoder: "ffcv", or "torch" (`varscale.data.torch_decoding`), which is slower and needs no FFCV.
 
@@ -87,7 +87,7 @@ class ViewLoader:
         seed: int,
         workers: int,
         batches_ahead: int = 3,
-        os_cache: bool | None = True,
+        os_cache: bool | None = None,
         on_bad_sample: Literal["stop", "skip"] = "stop",
         decoder: Literal["ffcv", "torch"] = "ffcv",
     ) -> None:
