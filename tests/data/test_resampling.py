@@ -1,5 +1,8 @@
 """The fixed-point resampler against torchvision's antialiased uint8 resize."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -78,3 +81,31 @@ def test_a_flat_image_stays_flat():
         image = np.full((61, 47, 3), level, np.uint8)
         for interpolation in FILTERS:
             assert (resized_crop(image, 0, 0, 61, 47, 29, interpolation) == level).all()
+
+
+GUARDED = """
+import ctypes, mmap
+import subprocess
+import sys
+
+import numpy as np
+from varscale.data.resampling import resample
+pages = mmap.mmap(-1, 2 * mmap.PAGESIZE)
+address = ctypes.addressof(ctypes.c_char.from_buffer(pages))
+assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(address + mmap.PAGESIZE), mmap.PAGESIZE, 0) == 0
+memory = np.frombuffer(pages, np.uint8, mmap.PAGESIZE)
+for height in range(1, 8):
+    for width in range(1, 41):
+        image = memory[mmap.PAGESIZE - height * width * 3 :].reshape(height, width, 3)
+        for size in (1, 2, 3, 5, 16):
+            for bicubic in (False, True):
+                view = np.empty((size, size, 3), np.uint8)
+                resample(image, (0.0, float(height), size, 0), (0.0, float(width), size, 0), False, bicubic, view)
+print("unharmed")
+"""
+
+
+def test_nothing_is_read_behind_an_image():
+    # Behind it lies a page that must not be read: the process would end.
+    done = subprocess.run([sys.executable, "-c", GUARDED], capture_output=True, text=True)
+    assert done.stdout == "unharmed\n", done.stderr

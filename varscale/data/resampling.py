@@ -16,7 +16,8 @@ from varscale.data.weighted import weighted_sum_of
 LANES = 32  # bytes at once along a line
 PADDING = 4  # pixels are read two and two and as four bytes, of which the last is the next one's
 
-_sum_of_many, _sum_of_pixels, _sum_of_one = (weighted_sum_of(lanes) for lanes in (LANES, 4, 1))
+_sum_of_many, _sum_of_one = weighted_sum_of(LANES), weighted_sum_of(1)
+_sum_of_pixels = weighted_sum_of(4, in_pairs=True)
 
 
 @compiled
@@ -38,8 +39,8 @@ def resample(source, rows, columns, flip, bicubic, destination):
     row_weights = _axis_weights(rows, destination.shape[0], bicubic)
     column_weights = _axis_weights(columns, destination.shape[1], bicubic)
     if flip:
-        starts, counts, weights, bits = column_weights
-        column_weights = starts[::-1].copy(), counts[::-1].copy(), weights[::-1].copy(), bits
+        starts, taps, weights, bits = column_weights
+        column_weights = starts[::-1].copy(), taps, weights[::-1].copy(), bits
     # The cubic filter overshoots and the 8 bits in between clip it, so that the order of the passes shows: columns
     # first, as torch does. The triangle never clips: rows first leaves less to the slower pass, over pixels.
     if bicubic:
@@ -60,8 +61,8 @@ def _rows_first(box, row_weights, column_weights, output):
 
 @compiled
 def _columns_first(box, row_weights, column_weights, output):
-    starts, counts = row_weights[0], row_weights[1]
-    above, below = starts[0], starts[-1] + counts[-1]
+    starts, taps = row_weights[0], row_weights[1]
+    above, below = starts[0], starts[-1] + taps
     line = np.empty(box.shape[1] + PADDING, np.uint8)
     narrowed = np.empty((below, output.shape[1] + PADDING), np.uint8)
     for row in range(above, below):
@@ -75,8 +76,9 @@ def _columns_first(box, row_weights, column_weights, output):
 def _axis_weights(lines, count, bicubic):
     """Weights of `count` output lines, for lines = (start, length, resized, first) as `resample` takes them.
 
-    Returns the first input line of each output line, from int(start) on, (count,); how many it takes (count,), an even
-    number (of a single line: twice itself); their weights (count, taps) int16; the weights' number of fractional bits.
+    Returns the first input line of each output line, from int(start) on, (count,); how many input lines each takes, the
+    same number for all, or a loop over them would be mispredicted; their weights, (count, an even number) int16, the
+    last of which may be one too many and 0; the weights' number of fractional bits.
     """
     start_line, length, resized, first = lines
     offset = start_line - int(start_line)
@@ -84,36 +86,35 @@ def _axis_weights(lines, count, bicubic):
     scale = length / resized
     shrinking = 1.0 / max(scale, 1.0)
     support = (2.0 if bicubic else 1.0) / shrinking
-    taps = 2 * (ceil(support) + 1)
     starts = np.empty(count, np.int64)
-    counts = np.empty(count, np.int64)
-    exact = np.zeros((count, taps), np.float64)
+    widths = np.empty(count, np.int64)
+    exact = np.zeros((count, 2 * ceil(support) + 1), np.float64)
     for line in range(count):
         centre = offset + (first + line + 0.5) * scale
         start = max(int(centre - support + 0.5), 0)
         stop = min(int(centre + support + 0.5), available)
-        # As many as are taken two and two: one more at either end, of weight 0, where there is one.
-        unpaired = (stop - start) % 2
-        before = 1 if unpaired and stop == available and start > 0 else 0
         total = 0.0
         for tap in range(stop - start):
             distance = abs((start + tap - centre + 0.5) * shrinking)
             weight = _cubic(distance) if bicubic else max(1.0 - distance, 0.0)
-            exact[line, before + tap] = weight
+            exact[line, tap] = weight
             total += weight
-        for tap in range(taps):
+        for tap in range(stop - start):
             exact[line, tap] /= total
-        starts[line], counts[line] = start - before, stop - start + unpaired
+        starts[line], widths[line] = start, stop - start
     largest = exact.max()
     bits = 0
     while bits < 22 and int(0.5 + largest * (1 << (bits + 1))) < 1 << 15:
         bits += 1
-    weights = np.empty((count, taps), np.int16)
+    taps = min((widths.max() + 1) // 2 * 2, available)
+    weights = np.zeros((count, (taps + 1) // 2 * 2), np.int16)
     for line in range(count):
-        for tap in range(taps):
+        start = min(starts[line], available - taps)
+        for tap in range(widths[line]):
             scaled = exact[line, tap] * (1 << bits)
-            weights[line, tap] = int(scaled - 0.5 if scaled < 0 else scaled + 0.5)
-    return starts, counts, weights, np.int32(bits)
+            weights[line, starts[line] - start + tap] = int(scaled - 0.5 if scaled < 0 else scaled + 0.5)
+        starts[line] = start
+    return starts, taps, weights, np.int32(bits)
 
 
 @compiled
@@ -129,29 +130,29 @@ def _cubic(distance):
 @compiled
 def _vertical(box, weights, row, line):
     """One output row over all columns of `box`."""
-    starts, counts, table, bits = weights
-    width, step = box.shape[1], box.strides[0] if box.shape[0] > 1 else 0
-    source, to = box.ctypes.data + starts[row] * box.strides[0], line.ctypes.data
-    taps, count = table.ctypes.data + row * table.strides[0], counts[row]
+    starts, taps, table, bits = weights
+    width, step = box.shape[1], box.strides[0]
+    source, to = box.ctypes.data + starts[row] * step, line.ctypes.data
+    weights_at = table.ctypes.data + row * table.strides[0]
     column = 0
     while column + LANES <= width:
-        _sum_of_many(source + column, step, taps, count, bits, to + column)
+        _sum_of_many(source + column, step, weights_at, taps, bits, to + column)
         column += LANES
     if width >= LANES:  # the rest, together with some that are done
-        _sum_of_many(source + width - LANES, step, taps, count, bits, to + width - LANES)
+        _sum_of_many(source + width - LANES, step, weights_at, taps, bits, to + width - LANES)
         return
     for column in range(width):
-        _sum_of_one(source + column, step, taps, count, bits, to + column)
+        _sum_of_one(source + column, step, weights_at, taps, bits, to + column)
 
 
 @compiled
 def _horizontal(line, weights, narrow):
     """One row of pixels from `line`. Both have PADDING bytes more than their pixels."""
-    starts, counts, table, bits = weights
-    source, to, taps = line.ctypes.data, narrow.ctypes.data, table.ctypes.data
+    starts, _, table, bits = weights
+    source, to, weights_at = line.ctypes.data, narrow.ctypes.data, table.ctypes.data
     for column in range(starts.shape[0]):
-        weights_at = taps + column * table.strides[0]
-        _sum_of_pixels(source + 3 * starts[column], 3, weights_at, counts[column], bits, to + 3 * column)
+        _sum_of_pixels(source + 3 * starts[column], 3, weights_at, table.shape[1], bits, to + 3 * column)
+        weights_at += table.strides[0]
 
 
 @compiled

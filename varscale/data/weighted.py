@@ -14,17 +14,18 @@ from numba.extending import intrinsic
 _BYTE, _SHORT, _INT = ir.IntType(8), ir.IntType(16), ir.IntType(32)
 
 
-def weighted_sum_of(lanes: int) -> Callable:
+def weighted_sum_of(lanes: int, *, in_pairs: bool = False) -> Callable:
     """For compiled code: weighted_sum(source, step, weights, count, bits, destination), of `lanes` bytes at once.
 
     It writes to the bytes at `destination`, for each lane i,
 
         clamp((half + sum over t < count of weights[t] source[t step + i]) >> bits, 0, 255), half = 1 << (bits - 1)
 
-    source, destination, weights: addresses, of uint8, uint8 and int16. step, count: int64; count is even. bits: int32.
-    The sums must fit into 32 bits.
+    source, destination, weights: addresses, of uint8, uint8 and int16. step, count: int64. bits: int32. The sums must
+    fit into 32 bits.
 
-    Two taps at a time, in the form that LLVM knows as one multiply-add of 16-bit pairs where the processor has it.
+    Two taps at a time, in the form that LLVM knows as one multiply-add of 16-bit pairs where the processor has it. If
+    `count` is odd, the weight behind the last must be there and 0. in_pairs: it is even, which need not be asked.
     """
     one, pair = ir.VectorType(_BYTE, lanes), ir.VectorType(_SHORT, 2)
     sums_type, products_type = ir.VectorType(_INT, lanes), ir.VectorType(_INT, 2 * lanes)
@@ -49,7 +50,11 @@ def weighted_sum_of(lanes: int) -> Callable:
         sums = cgutils.alloca_once_value(builder, splat(half))
         with cgutils.for_range_slice(builder, count.type(0), count, count.type(2), count.type) as (tap, _):
             address = builder.add(source, builder.mul(tap, step))
-            first, second = load(address, one), load(builder.add(address, step), one)
+            following = builder.add(address, step)
+            if not in_pairs:  # nothing is read behind the last tap
+                is_last = builder.icmp_signed("==", builder.add(tap, tap.type(1)), count)
+                following = builder.select(is_last, address, following)
+            first, second = load(address, one), load(following, one)
             interleaved = [lane + other for lane in range(lanes) for other in (0, lanes)]
             values = builder.zext(builder.shuffle_vector(first, second, places(interleaved)), products_type)
             weight = load(builder.add(weights, builder.mul(tap, tap.type(2))), pair)
