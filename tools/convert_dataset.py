@@ -8,8 +8,7 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn, get_args
 
@@ -196,8 +195,8 @@ def run_conversion(options: argparse.Namespace) -> int:
 
 
 def run_verification(directory: Path, workers: int) -> int:
-    with _needing_decoder():
-        from varscale.data.verification import verify
+    from varscale.data.verification import verify  # torch, which a conversion's workers need not wait for
+
     verification = verify(directory, workers=workers, progress=True)
     if verification.damage:
         _name_files(f"{directory} is damaged, convert it again:", verification.damage)
@@ -207,11 +206,11 @@ def run_verification(directory: Path, workers: int) -> int:
 
 
 def run_inspection(options: argparse.Namespace) -> int:
+    from varscale.data.contact_sheet import contact_sheet
+
     contents = open_contents(options.path)
     print(describe(contents))
     data = _views(contents, options.config, options.augmentation)
-    with _needing_decoder():
-        from varscale.data.contact_sheet import contact_sheet
     sheet = contact_sheet(contents, data, rows=options.rows, views=options.views, seed=options.seed)
     out = options.out or Path(f"{options.path.resolve().stem}-views.png")
     try:
@@ -228,15 +227,6 @@ def _views(contents: Contents, recipe: str | None, augmentation: str | None) -> 
     largest = max(int(max(summary.heights.max(), summary.widths.max())) for summary in contents.summaries.values())
     policy = {"augmentation": augmentation} if augmentation else {}
     return DataConfig(image_size=largest if largest <= SMALL_IMAGES else LARGE_VIEWS, **policy)
-
-
-@contextmanager
-def _needing_decoder() -> Iterator[None]:
-    """For imports of what stands on FFCV's decoder and torch, which a conversion's workers need not wait for."""
-    try:
-        yield
-    except ImportError as error:
-        raise UserError(f"images cannot be decoded here as in training: {error}") from None
 
 
 def _complain(message: str, error: BaseException) -> None:

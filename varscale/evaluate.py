@@ -139,6 +139,7 @@ def open_images(directory: Path, info: DatasetInfo, trained_on: DatasetInfo, con
         std=trained_on.std,
         seed=config.seed,
         workers=workers,
+        decoder=data.loader,
     )
 
 

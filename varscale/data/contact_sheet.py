@@ -14,7 +14,7 @@ from varscale.data.augment import Augmentation
 from varscale.data.beton import BetonSummary
 from varscale.data.geometry import CropSpec
 from varscale.data.inspection import Contents
-from varscale.data.loader import LoaderError, ViewLoader
+from varscale.data.loader import LoaderError, ViewLoader, installed_decoder
 from varscale.data.names import sample_name
 from varscale.errors import UserError
 
@@ -84,7 +84,8 @@ def views_of(
     mean, std = (contents.info.mean, contents.info.std) if contents.info else ((0.0,) * 3, (1.0,) * 3)
     augmentation = Augmentation(data.augmentation, views, data.image_size, mean, std, seed)
     try:
-        with ViewLoader(beton, [crop] * views, seed=seed, workers=1).batches(indices[None], epoch=0) as batches:
+        loader = ViewLoader(beton, [crop] * views, seed=seed, workers=1, decoder=installed_decoder())
+        with loader.batches(indices[None], epoch=0) as batches:
             batch = next(batches)
     except LoaderError as error:
         raise UserError(f"{error}; convert_dataset.py verify names all that is damaged") from None

@@ -23,6 +23,7 @@ from typing import Literal, NamedTuple, Self
 import numpy as np
 import torch
 
+from varscale.data import libffcv
 from varscale.data.beton import check_beton
 from varscale.data.geometry import CropSpec, view_table, views_by_size
 from varscale.data.memory import available_memory
@@ -33,6 +34,9 @@ from varscale.errors import UserError
 
 CHUNKS_PER_WORKER = 4  # small enough that workers finish a batch together, large enough that Python does not show
 MOST_SKIPPED_IN_A_ROW = 100  # more bad samples next to each other are no accident
+
+
+Decoder = Literal["ffcv", "torch"]
 
 
 class LoaderError(RuntimeError):
@@ -89,7 +93,7 @@ class ViewLoader:
         batches_ahead: int = 3,
         os_cache: bool | None = None,
         on_bad_sample: Literal["stop", "skip"] = "stop",
-        decoder: Literal["ffcv", "torch"] = "ffcv",
+        decoder: Decoder = "ffcv",
     ) -> None:
         self.views, self.groups = view_table(crops), views_by_size(crops)
         if workers < 1 or batches_ahead < 1:
@@ -111,7 +115,7 @@ class ViewLoader:
         self.labels = np.full(summary.num_samples, -1, np.int64) if summary.labels is None else summary.labels
         self.seed = as_uint64(seed)[0]
         self.pinned = torch.cuda.is_available()
-        self._decode_views = _decode_views_of(decoder)
+        self._decode_views = decode_views_by(decoder)
         self._compile()
 
     @property
@@ -298,7 +302,13 @@ class ViewBatches:
         self._pending.append((indices, images, chunks))
 
 
-def _decode_views_of(decoder: str) -> Callable[..., tuple[int, int]]:
+def installed_decoder() -> Decoder:
+    """The faster one that there is on this machine."""
+    return "torch" if libffcv.imdecode() is None else "ffcv"
+
+
+def decode_views_by(decoder: Decoder) -> Callable[..., tuple[int, int]]:
+    """`decode_views` of a decoder. Raises UserError where FFCV's is asked for and not installed."""
     if decoder == "torch":
         from varscale.data.torch_decoding import decode_views
 
@@ -306,9 +316,7 @@ def _decode_views_of(decoder: str) -> Callable[..., tuple[int, int]]:
     try:
         from varscale.data.decoding import decode_views
     except ImportError as error:
-        raise UserError(
-            f"{error}; see the README's section on FFCV, or set data.loader=torch, which is slower"
-        ) from None
+        raise UserError(f"{error}; install it (see the README), or set data.loader=torch, which is slower") from None
     return decode_views
 
 

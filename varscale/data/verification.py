@@ -17,8 +17,8 @@ from varscale.data.dataset import (
     read_dataset_info,
     update_digest,
 )
-from varscale.data.decoding import decode_views
 from varscale.data.geometry import VIEW
+from varscale.data.loader import decode_views_by, installed_decoder
 from varscale.data.names import names_file, sample_title
 from varscale.data.records import DECODED, FAILURES, record_table, scratch_bytes
 from varscale.data.throughput import Throughput
@@ -93,6 +93,7 @@ def _decode(
 
 
 def _undecodable(file: int, records: np.ndarray, indices: np.ndarray) -> list[tuple[int, str]]:
+    decode_views = decode_views_by(installed_decoder())
     found, scratch, zero = [], np.empty(scratch_bytes(records[indices]).max(), np.uint8), np.uint64(0)
     while len(indices):
         position, status = decode_views(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from varscale.data.augment import Augmentation
 from varscale.data.geometry import CropSpec
-from varscale.data.loader import ViewLoader
+from varscale.data.loader import Decoder, ViewLoader
 from varscale.evaluation.features import Encode, Features, Gather, encode_batches, extract_features, gather_rows
 
 
@@ -50,10 +50,11 @@ class Images:
         std: tuple[float, float, float],
         seed: int,
         workers: int,
+        decoder: Decoder = "ffcv",
     ):
         self.directory, self.num_classes = directory, num_classes
         self.mean, self.std, self.seed, self.workers = mean, std, seed, workers
-        self.random_crop = random_crop
+        self.random_crop, self.decoder = random_crop, decoder
         size = random_crop.size
         self.whole_crop = CropSpec(size=size, scale=None, flip=0.0, interpolation=random_crop.interpolation)
         self.normalise = Augmentation("none", views=1, image_size=size, mean=mean, std=std, seed=seed)
@@ -64,7 +65,7 @@ class Images:
         key = (split, crop)
         if key not in self._loaders:
             path = self.directory / f"{split}.beton"
-            self._loaders[key] = ViewLoader(path, [crop], seed=self.seed, workers=self.workers)
+            self._loaders[key] = ViewLoader(path, [crop], seed=self.seed, workers=self.workers, decoder=self.decoder)
         return self._loaders[key]
 
 

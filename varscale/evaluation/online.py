@@ -35,6 +35,7 @@ class OnlineKNN:
             std=info.std,
             seed=config.seed,
             workers=data.workers or workers,
+            decoder=data.loader,
         )
 
     def is_due(self, epoch: int) -> bool:
