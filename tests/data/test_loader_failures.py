@@ -154,6 +154,20 @@ def test_missing_and_truncated_files_are_the_users_to_mend(tmp_path, jpeg_beton)
         ViewLoader(cut, TWO_VIEWS, seed=0, workers=1)
 
 
+def test_any_exception_in_a_worker_reaches_the_consumer(jpeg_beton, monkeypatch):
+    loader = ViewLoader(jpeg_beton, TWO_VIEWS, seed=7, workers=2)
+
+    def fail(*_):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(loader, "_decode_views", fail)
+    threads, files = threading.active_count(), len(os.listdir("/proc/self/fd"))
+    with pytest.raises(MemoryError, match="no room"):
+        list(loader.batches(np.arange(20).reshape(5, 4), epoch=0))
+    assert threading.active_count() == threads
+    assert len(os.listdir("/proc/self/fd")) == files
+
+
 @pytest.mark.parametrize("leave", ["break", "raise", "collect"])
 def test_an_early_stop_leaves_no_thread_and_no_open_file(jpeg_beton, leave):
     loader = ViewLoader(jpeg_beton, TWO_VIEWS, seed=7, workers=3)
