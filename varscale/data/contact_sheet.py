@@ -12,9 +12,10 @@ from PIL import Image, ImageDraw, ImageFont
 from varscale.config.schema import DataConfig
 from varscale.data.augment import Augmentation
 from varscale.data.beton import BetonSummary
+from varscale.data.decoders import installed_decoder
 from varscale.data.geometry import CropSpec
 from varscale.data.inspection import Contents
-from varscale.data.loader import LoaderError, ViewLoader, installed_decoder
+from varscale.data.loader import LoaderError, ViewLoader
 from varscale.data.names import sample_name
 from varscale.errors import UserError
 

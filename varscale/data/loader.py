@@ -13,7 +13,7 @@ import os
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -23,8 +23,8 @@ from typing import Literal, NamedTuple, Self
 import numpy as np
 import torch
 
-from varscale.data import libffcv
 from varscale.data.beton import check_beton
+from varscale.data.decoders import Decoder, decode_views_by
 from varscale.data.geometry import CropSpec, view_table, views_by_size
 from varscale.data.memory import available_memory
 from varscale.data.names import sample_title
@@ -34,9 +34,6 @@ from varscale.errors import UserError
 
 CHUNKS_PER_WORKER = 4  # small enough that workers finish a batch together, large enough that Python does not show
 MOST_SKIPPED_IN_A_ROW = 100  # more bad samples next to each other are no accident
-
-
-Decoder = Literal["ffcv", "torch"]
 
 
 class LoaderError(RuntimeError):
@@ -300,24 +297,6 @@ class ViewBatches:
             for start in range(0, len(indices), chunk)
         ]
         self._pending.append((indices, images, chunks))
-
-
-def installed_decoder() -> Decoder:
-    """The faster one that there is on this machine."""
-    return "torch" if libffcv.imdecode() is None else "ffcv"
-
-
-def decode_views_by(decoder: Decoder) -> Callable[..., tuple[int, int]]:
-    """`decode_views` of a decoder. Raises UserError where FFCV's is asked for and not installed."""
-    if decoder == "torch":
-        from varscale.data.torch_decoding import decode_views
-
-        return decode_views
-    try:
-        from varscale.data.decoding import decode_views
-    except ImportError as error:
-        raise UserError(f"{error}; install it (see the README), or set data.loader=torch, which is slower") from None
-    return decode_views
 
 
 def _can_be_cached(path: Path) -> bool:

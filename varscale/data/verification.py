@@ -17,8 +17,8 @@ from varscale.data.dataset import (
     read_dataset_info,
     update_digest,
 )
+from varscale.data.decoders import decode_views_by, installed_decoder
 from varscale.data.geometry import VIEW
-from varscale.data.loader import decode_views_by, installed_decoder
 from varscale.data.names import names_file, sample_title
 from varscale.data.records import DECODED, FAILURES, record_table, scratch_bytes
 from varscale.data.throughput import Throughput

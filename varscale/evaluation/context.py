@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from varscale.data.augment import Augmentation
+from varscale.data.decoders import Decoder
 from varscale.data.geometry import CropSpec
-from varscale.data.loader import Decoder, ViewLoader
+from varscale.data.loader import ViewLoader
 from varscale.evaluation.features import Encode, Features, Gather, encode_batches, extract_features, gather_rows
 
 
