@@ -12,6 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from varscale.engine.checkpoints import read_state
+
 STEPS = 10  # 2 epochs of 5
 
 
@@ -41,13 +43,13 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def train(launch, small_run, runs):
-    def call(recipe, name, *overrides, launcher="python", resume=()):
+    def call(recipe, name, *overrides, launcher="python", resume=(), say=False):
         done = launch(
             "varscale/train.py", "--config", recipe, *small_run, *overrides, f"output_dir={runs / name}", *resume,
             launcher=launcher,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
-        return runs / name
+        return done.stdout if say else runs / name
 
     return call
 
@@ -126,8 +128,7 @@ def test_batch_norm_sees_the_global_batch(train, varcon_alone):
 def test_resuming_from_the_middle_gives_the_same_end(train, varcon_alone, vit_pair, runs, launcher):
     origin, overrides = (varcon_alone, ()) if launcher == "python" else (vit_pair, (*VIT, *PAIR))
     again = runs / f"again-{launcher}"
-    shutil.copytree(origin, again)
-    (again / "checkpoints" / "latest").write_text("step-00000006")
+    shutil.copytree(origin, again, symlinks=True)
     shutil.rmtree(again / "checkpoints" / f"step-{STEPS:08d}")
     train("digits-varcon", again.name, *KEEP, *overrides, launcher=launcher, resume=("--resume", "auto"))
     for part in ("model", "optimizer"):
@@ -178,18 +179,34 @@ def test_resume_refuses_another_configuration(launch, small_run, varcon_alone):
     assert "seed is 0 there, 1 now" in refused("digits-varcon", "seed=1")
 
 
-def test_a_damaged_checkpoint_is_named(launch, small_run, varcon_alone, runs):
+def test_a_damaged_checkpoint_that_was_asked_for_is_named(launch, small_run, varcon_alone, runs):
     damaged = runs / "damaged"
-    shutil.copytree(varcon_alone, damaged)
-    model = damaged / "checkpoints" / f"step-{STEPS:08d}" / "model.safetensors"
+    shutil.copytree(varcon_alone, damaged, symlinks=True)
+    checkpoint = damaged / "checkpoints" / f"step-{STEPS:08d}"
+    model = checkpoint / "model.safetensors"
     content = bytearray(model.read_bytes())
     content[len(content) // 2] ^= 1
     model.write_bytes(content)
     done = launch(
-        "varscale/train.py", "--config", "digits-varcon", *small_run, f"output_dir={damaged}", "--resume", "auto"
-    )
+        "varscale/train.py", "--config", "digits-varcon", *small_run, f"output_dir={runs / 'other'}",
+        "--resume", checkpoint,
+    )  # fmt: skip
     assert done.returncode == 2
     assert "model.safetensors: is damaged" in done.stderr.splitlines()[-1]
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(train, varcon_alone, runs):
+    again = runs / "fallen-back"
+    shutil.copytree(varcon_alone, again, symlinks=True)
+    newest = (again / "checkpoints" / "latest").resolve()
+    (newest / "optimizer.safetensors").unlink()
+    said = train("digits-varcon", again.name, *KEEP, "online_knn.every_epochs=1", resume=("--resume", "auto"), say=True)
+    assert "optimizer.safetensors: is missing from the checkpoint; going on from the checkpoint before it" in said
+    assert (newest.parent / f"damaged-{newest.name}").is_dir()
+    for part in ("model", "optimizer"):
+        assert largest_difference(again, varcon_alone, part) == 0
+    assert [line["step"] for line in metrics(again)] == list(range(1, STEPS + 1))
+    assert [line["epoch"] for line in metrics(again, "knn")] == [1, 2]
 
 
 @pytest.mark.parametrize("recipe", ["digits-varcon", "digits-vssl"])
@@ -205,13 +222,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(launch, small_run, runs):
         "optimizer.lr=1e20", "schedule.warmup_epochs=0", "schedule.warmup_start_lr=0",
     )  # fmt: skip
     assert done.returncode == 3, done.stderr
-    report = json.loads((run / "nonfinite.json").read_text())
+    report = json.loads(next(run.glob("bad-step-*.json")).read_text())
     assert "stopped: step" in done.stderr.splitlines()[-1]
     (rank,) = report["ranks"]
     assert len(rank["samples"][0]) == 64
-    newest = (run / "checkpoints" / "latest").read_text()
-    assert int(newest.removeprefix("step-")) < report["step"]
-    assert all(t.isfinite().all() for t in load_file(run / "checkpoints" / newest / "model.safetensors").values())
+    newest = (run / "checkpoints" / "latest").resolve()
+    assert int(newest.name.removeprefix("step-")) < report["step"]
+    assert all(t.isfinite().all() for t in load_file(newest / "model.safetensors").values())
 
 
 def test_ctrl_c_ends_a_run_within_seconds(small_run, runs, repository):
@@ -236,7 +253,8 @@ def test_ctrl_c_ends_a_run_within_seconds(small_run, runs, repository):
         process.kill()
     assert time.monotonic() - start < 30
     assert process.returncode == 130, said
-    assert said.splitlines()[-1] == "interrupted; --resume auto goes on from the newest checkpoint"
+    assert said.splitlines()[-1] == "stopped by SIGINT; the same command with --resume auto goes on"
+    assert metrics(run)[-1]["step"] == read_state((run / "checkpoints" / "latest").resolve())["step"]
 
 
 def test_the_script_does_not_shadow_other_packages(launch):

@@ -3,14 +3,30 @@
 import os
 from pathlib import Path
 
+_ASIDE = ".writing-"
+
 
 def replace_text(path: Path, text: str) -> None:
     """Write a file so that a reader, or a restart after a power cut, finds the old contents or the new."""
-    aside = path.with_name(f".writing-{path.name}")
+    aside = path.with_name(f"{_ASIDE}{path.name}")
     aside.write_text(text)
     sync(aside)
     aside.replace(path)
     sync(path.parent)
+
+
+def replace_link(path: Path, target: str) -> None:
+    """Make `path` a symbolic link to `target`: at any time, also after a power cut, it leads to the old or the new."""
+    aside = path.with_name(f"{_ASIDE}{path.name}")
+    aside.unlink(missing_ok=True)
+    aside.symlink_to(target)
+    aside.replace(path)
+    sync(path.parent)
+
+
+def is_unfinished(path: Path) -> bool:
+    """Whether a file is what an interrupted call of these left."""
+    return path.name.startswith(_ASIDE)
 
 
 def sync(path: Path) -> None:

@@ -18,19 +18,21 @@ from typing import TYPE_CHECKING
 
 from varscale.config import BatchSizes, Config, load_config, recipe_names, resolve_batch, resolve_deepspeed
 from varscale.engine.launch import (
-    TrainingData,
+    Job,
+    Origin,
     check_run_directory,
     check_training_data,
     environment_world_size,
     report_user_error,
 )
+from varscale.engine.rundir import find_checkpoints
+from varscale.engine.stopping import INTERRUPTED, StopRequest, exit_code, reason_name
 from varscale.errors import UserError
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
     from torch import Tensor
 
-    from varscale.data.loader import Batch, ViewLoader
     from varscale.engine.distributed import Ranks
     from varscale.engine.learners import Learner, MicroBatch
     from varscale.engine.state import TrainState
@@ -38,7 +40,7 @@ if TYPE_CHECKING:
 # What is imported above is light. torch, DeepSpeed and FFCV are imported inside functions, after every check that can
 # be made without them: a mistake in the configuration is answered at once.
 
-PEER_FAILED, USER_ERROR, NON_FINITE, INTERRUPTED = 1, 2, 3, 130  # exit codes
+PEER_FAILED, USER_ERROR, BAD_STEP = 1, 2, 3  # exit codes; 75 and 130: see stopping.py
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -53,7 +55,9 @@ def main(arguments: list[str] | None = None) -> int:
 
             print(describe(config, sizes, deepspeed))
             return 0
-        return train(config, sizes, deepspeed, options.resume)
+        limit = config.safety.time_limit_minutes
+        with StopRequest(limit and limit * 60) as stop:
+            return train(config, sizes, deepspeed, options.resume, stop)
     except UserError as error:
         return report_user_error(error)
 
@@ -76,29 +80,31 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def train(config: Config, sizes: BatchSizes, deepspeed: dict, resume: str | None) -> int:
+def train(config: Config, sizes: BatchSizes, deepspeed: dict, resume: str | None, stop: StopRequest) -> int:
     """Check data and output directory, join the other ranks and run; returns the exit code."""
     data = check_training_data(config, sizes)
-    checkpoint = check_run_directory(config, data.info.digest, resume)
+    origin = check_run_directory(config, data.info.digest, resume)
 
     from varscale.data.loader import LoaderError
     from varscale.engine import distributed
-    from varscale.engine.nonfinite import NonFiniteError
+    from varscale.engine.bad_steps import BadStepError
 
     ranks = distributed.join()
     try:
-        run(config, sizes, deepspeed, data, checkpoint, ranks)
+        reason = run_through(Job(config, sizes, deepspeed, data), origin, ranks, stop)
+    except UserError:  # on all ranks
+        raise
     except LoaderError as error:  # on this rank alone
         distributed.announce_failure(ranks, str(error))
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR
-    except NonFiniteError as error:
+    except BadStepError as error:
         if ranks.is_first:
             print(f"stopped: {error}", file=sys.stderr)
-        return NON_FINITE
+        return BAD_STEP
     except KeyboardInterrupt:
         if ranks.is_first:
-            print("\ninterrupted; --resume auto goes on from the newest checkpoint", file=sys.stderr)
+            print("\ninterrupted before the first step", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
         cause = distributed.announced_failure()
@@ -109,35 +115,75 @@ def train(config: Config, sizes: BatchSizes, deepspeed: dict, resume: str | None
         return PEER_FAILED
     finally:
         distributed.leave()
-    return 0
+    if reason and ranks.is_first:
+        print(f"\nstopped by {reason_name(reason)}; the same command with --resume auto goes on", file=sys.stderr)
+    return exit_code(reason) if reason else 0
 
 
-def run(
-    config: Config, sizes: BatchSizes, deepspeed: dict, data: TrainingData, checkpoint: Path | None, ranks: "Ranks"
-) -> None:
-    """The training itself: epochs of steps, each step a few micro-batches."""
+def run_through(job: Job, origin: Origin, ranks: "Ranks", stop: StopRequest) -> int:
+    """Run from the first good checkpoint; after a rewind once more, from behind the bad step. Returns as `run` does."""
+    from varscale.engine.bad_steps import Rewind
+    from varscale.engine.resume import choose
+
+    position = None
+    while True:
+        checkpoint = choose(origin.checkpoints, ranks, fall_back=origin.fall_back)
+        try:
+            return run(job, checkpoint, position, ranks, stop)
+        except Rewind as rewind:
+            position = rewind.position
+        origin = Origin(find_checkpoints(job.config.output_dir) or origin.checkpoints)
+
+
+def run(job: Job, checkpoint: Path | None, position: "TrainState | None", ranks: "Ranks", stop: StopRequest) -> int:
+    """The training itself: epochs of steps, each step a few micro-batches.
+
+    It begins with the tensors of `checkpoint`, or new ones, and stands where the checkpoint did unless `position` says
+    otherwise. Returns 0 at the end, or the reason for which it was stopped, its state saved.
+    """
     from varscale.data.sampling import epoch_order, rank_batches, steps_per_epoch
-    from varscale.engine import resume
+    from varscale.engine.bad_steps import BadSteps
+    from varscale.engine.determinism import seed_step
+    from varscale.engine.distributed import greatest
     from varscale.engine.learners import build_learner
-    from varscale.engine.nonfinite import check_finite
+    from varscale.engine.meter import Meter
+    from varscale.engine.opening import open_engine, open_views
+    from varscale.engine.pulse import Pulse
+    from varscale.engine.resume import collect
+    from varscale.engine.saving import CheckpointWriter
     from varscale.engine.schedules import LearningRate
     from varscale.engine.telemetry import Telemetry
+    from varscale.engine.watchdog import Watchdog
     from varscale.engine.zero import set_learning_rate
     from varscale.evaluation.context import Place
     from varscale.evaluation.online import OnlineKNN
 
+    config, sizes, data = job.config, job.sizes, job.data
+    watchdog = Watchdog(config.safety.watchdog_seconds, ranks)
     images = data.train.num_samples
     steps = steps_per_epoch(images, sizes.global_batch_size)
     learning_rate = LearningRate(base_lr=config.optimizer.lr, steps_per_epoch=steps, **config.schedule.model_dump())
     total_steps = learning_rate.total_steps
-    learner = build_learner(config, data.info.num_classes, total_steps, ranks.device)
-    engine, state = open_engine(config, deepspeed, learner, checkpoint)
-    loader, augment = open_views(config, data, ranks)
+    learner, meter = build_learner(config, data.info.num_classes, total_steps, ranks.device), Meter()
+    engine, saved = open_engine(config, job.deepspeed, learner, meter, checkpoint, ranks)
+    state = position or saved
+    loader, augment = open_views(config, data.info, ranks)
+    telemetry = Telemetry(config, job.deepspeed, data.info.digest, total_steps, state, meter, ranks)
+    bad_steps = BadSteps(config.safety, config.output_dir, learner.network, telemetry.warn)
+    writer = CheckpointWriter(config.output_dir, config.checkpoint.keep, ranks, telemetry.warn)
     place = Place(ranks.device, ranks.rank, ranks.world_size)
-    knn = OnlineKNN(config, data.info, learner.network, place, workers=ranks.cores, labelled=data.labelled)
+    knn = OnlineKNN(config, data.info, learner.network, place, ranks.cores, data.labelled, watchdog.beat)
+    pulse = Pulse(knn, steps)
+    reason = 0
 
-    with Telemetry(config, deepspeed, data.info.digest, total_steps, state, ranks) as telemetry:
-        while state.step < total_steps:
+    def save() -> None:
+        telemetry.sync()
+        writer.write(state.step, collect(engine, learner, meter), state.to_dict())
+
+    with telemetry, writer, watchdog:
+        stop.defer_interrupts()
+        pulse.measure(state, telemetry, writer)
+        while state.step < total_steps and not reason:
             epoch, first = state.position(steps)
             plan = rank_batches(
                 epoch_order(images, config.seed, epoch),
@@ -148,102 +194,52 @@ def run(
             )[first:]
             with closing(loader.batches(plan.reshape(-1, sizes.micro_batch_size), epoch)) as batches:
                 for _ in plan:
+                    lr = learning_rate(state.step)
+                    set_learning_rate(engine, lr)
+                    seed_step(config.seed, state.step, ranks.rank)
+                    bad_steps.remember()
                     micro_batches = [augment(next(batches), epoch) for _ in range(sizes.gradient_accumulation_steps)]
-                    set_learning_rate(engine, learning_rate(state.step))
-                    terms, gradient_norm = take_step(engine, learner, micro_batches)
-                    check_finite(config.output_dir, state.step + 1, terms, micro_batches, gradient_norm, ranks)
+                    terms, gradient_norm = take_step(engine, learner, micro_batches, bad_steps.mark)
                     state.advance(sizes.global_batch_size)
-                    learner.after_step(state.step)
-                    telemetry.step(learner, state, terms, learning_rate(state.step - 1), gradient_norm)
-                    if state.step % (config.checkpoint.every_steps or steps) == 0 or state.step == total_steps:
-                        resume.save(config, engine, learner, state, telemetry)
-            if knn.is_due(epoch):
-                telemetry.record("knn", state.step, {"epoch": epoch + 1, **knn.measure()})
+
+                    mine = bad_steps.is_bad(terms, gradient_norm), stop.reason, writer.retry_is_due
+                    is_bad, reason, retry = greatest(mine, ranks.device)
+                    if is_bad:
+                        bad_steps.handle(state, terms, micro_batches, gradient_norm)
+                    else:
+                        learner.after_step(state.step)
+                    telemetry.step(learner, [] if is_bad else terms, lr=lr, gradient_norm=gradient_norm)
+                    watchdog.beat(state.step)
+                    is_due = state.step % (config.checkpoint.every_steps or steps) == 0
+                    if is_due or reason or retry or state.step == total_steps or pulse.is_due(state):
+                        save()
+                    if reason:
+                        break
+            if not reason:
+                pulse.measure(state, telemetry, writer)
+        if pulse.has_measured and state.step == total_steps:
+            save()  # once more: nothing is left to do
+    return int(reason)
 
 
 def take_step(
-    engine: "DeepSpeedEngine", learner: "Learner", micro_batches: "Sequence[MicroBatch]"
+    engine: "DeepSpeedEngine",
+    learner: "Learner",
+    micro_batches: "Sequence[MicroBatch]",
+    mark: "Callable[[Tensor, dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]",
 ) -> "tuple[list[dict[str, Tensor]], float]":
-    """One optimizer step over all micro-batches: the terms of each, and the norm of the gradient."""
+    """One optimizer step over all micro-batches: the terms of each, as `mark` returns them, and the gradient's norm."""
     from varscale.engine.zero import step_with_gradient_norm
 
     learner.before_step(engine, micro_batches)
     terms = []
     for number, batch in enumerate(micro_batches, start=1):
-        loss, parts = learner.loss(engine, batch)
+        loss, parts = mark(*learner.loss(engine, batch))
         engine.backward(loss)  # DeepSpeed divides by the number of micro-batches and averages over ranks
         terms.append(parts | {"bad_sample_count": loss.new_full((), batch.bad_samples)})
         if number < len(micro_batches):
             engine.step()  # only counts the micro-batch
     return terms, step_with_gradient_norm(engine)
-
-
-def open_engine(
-    config: Config, deepspeed: dict, learner: "Learner", checkpoint: Path | None
-) -> "tuple[DeepSpeedEngine, TrainState]":
-    """The learner's network under DeepSpeed, new or as the checkpoint left it."""
-    from varscale.engine import resume
-    from varscale.engine.optimizers import build_optimizer
-    from varscale.engine.state import TrainState
-    from varscale.engine.zero import build_engine, partition_companion, partition_group
-
-    if checkpoint:
-        resume.restore_modules(checkpoint, learner)
-    optimizer = build_optimizer(
-        learner.network.named_parameters(),
-        partition_group=partition_group(deepspeed),
-        **config.optimizer.model_dump(exclude={"clip_grad_norm"}),
-    )
-    engine = build_engine(learner.network, optimizer, deepspeed)
-    for companion in learner.companions().values():
-        partition_companion(companion, deepspeed)
-    return engine, resume.restore_progress(checkpoint, engine) if checkpoint else TrainState()
-
-
-def open_views(
-    config: Config, data: TrainingData, ranks: "Ranks"
-) -> "tuple[ViewLoader, Callable[[Batch, int], MicroBatch]]":
-    """The loader that cuts views from images, and the function that makes them a micro-batch on the device."""
-    import torch
-
-    from varscale.data.augment import Augmentation
-    from varscale.data.geometry import CropSpec
-    from varscale.data.loader import Batch, ViewLoader
-    from varscale.engine.learners import MicroBatch
-
-    d = config.data
-    crop = CropSpec(d.image_size, d.crop_scale, d.crop_ratio, d.flip, d.interpolation)
-    local_crop = CropSpec(d.local_size, d.local_scale, d.crop_ratio, d.flip, d.interpolation)
-    loader = ViewLoader(
-        d.dir / "train.beton",
-        [crop] * d.views + [local_crop] * d.local_views,
-        seed=config.seed,
-        workers=d.workers or ranks.cores,
-        batches_ahead=d.batches_ahead,
-        os_cache=d.os_cache,
-        on_bad_sample=d.on_bad_sample,
-        decoder=d.loader,
-    )
-    augmentations, first_view = [], 0
-    for size, count in d.views_by_size.items():
-        settings = (d.augmentation, count, size, data.info.mean, data.info.std, config.seed, first_view)
-        augmentations.append(Augmentation(*settings).to(ranks.device))
-        first_view += count
-
-    # The layout of the input decides the layout of every activation; DeepSpeed wants plain parameters.
-    layout = torch.channels_last if config.compute.channels_last else torch.contiguous_format
-
-    def augment(batch: Batch, epoch: int) -> MicroBatch:
-        views = (
-            augmentation(images.to(ranks.device, non_blocking=True), batch.indices, epoch)
-            for augmentation, images in zip(augmentations, batch.images, strict=True)
-        )
-        labels, indices = (tensor.to(ranks.device, non_blocking=True) for tensor in (batch.labels, batch.indices))
-        return MicroBatch(
-            tuple(part.contiguous(memory_format=layout) for part in views), labels, indices, batch.skipped
-        )
-
-    return loader, augment
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Checkpoints are complete or not there, the newest few are kept, and damage is found."""
 
-import json
 import os
+import subprocess
 
 import pytest
 import torch
@@ -70,8 +70,11 @@ def test_missing_parts_are_named(tmp_path):
     (checkpoint / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"model.safetensors: is missing"):
         read_part(checkpoint, "model")
-    (checkpoint / "state.json").write_text("{")
-    with pytest.raises(UserError, match=r"state.json: cannot be read"):
+    (checkpoint / "state.json").write_text("{}")
+    with pytest.raises(UserError, match=r"state.json: is damaged"):
+        read_state(checkpoint)
+    (checkpoint / "SHA256SUMS").unlink()
+    with pytest.raises(UserError, match=r"SHA256SUMS: cannot be read"):
         read_state(checkpoint)
 
 
@@ -83,7 +86,8 @@ def test_a_run_without_checkpoint_and_a_misspelt_run_are_named(tmp_path):
         find_checkpoint(tmp_path / "varcom")
 
 
-def test_state_names_every_file(tmp_path):
+def test_the_sums_are_those_of_sha256sum(tmp_path):
     checkpoint = write(tmp_path, 1)
-    files = json.loads((checkpoint / "state.json").read_text())["files"]
-    assert files.keys() == {"model.safetensors", "optimizer.safetensors"}
+    lines = (checkpoint / "SHA256SUMS").read_text().splitlines()
+    assert [line.split()[1] for line in lines] == ["model.safetensors", "optimizer.safetensors", "state.json"]
+    assert subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=checkpoint).returncode == 0

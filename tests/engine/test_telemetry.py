@@ -9,9 +9,10 @@ import torch.distributed as dist
 from varscale.config import load_config
 from varscale.engine.distributed import Ranks
 from varscale.engine.learners import build_learner
+from varscale.engine.meter import Meter
 from varscale.engine.rundir import read_metrics
 from varscale.engine.state import TrainState
-from varscale.engine.telemetry import Meter, Telemetry
+from varscale.engine.telemetry import Telemetry
 
 
 @pytest.fixture(autouse=True)
@@ -69,11 +70,11 @@ def test_what_is_recorded_can_be_read_and_a_collapse_is_said_once_an_epoch(tmp_p
     config, learner = vssl(tmp_path)
     state = TrainState()
     healthy, collapsed = 1.0, 0.05
-    with Telemetry(config, {}, "digest", 6, state, ranks()) as telemetry:
+    with Telemetry(config, {}, "digest", 6, state, Meter(), ranks()) as telemetry:
         for spread in (healthy, collapsed, collapsed, collapsed, healthy, collapsed):
             state.advance(64)
-            telemetry.step(learner, state, terms(spread), lr=0.1, gradient_norm=1.0)
-        telemetry.record("knn", state.step, {"top1_k20": 90.0})
+            telemetry.step(learner, terms(spread), lr=0.1, gradient_norm=1.0)
+        telemetry.record("knn", {"top1_k20": 90.0})
     said = [line for line in capsys.readouterr().out.splitlines() if "collapsing" in line]
     assert [line.split(":")[1].strip() for line in said] == ["step 2", "step 4"]
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
@@ -86,13 +87,15 @@ def test_what_is_recorded_can_be_read_and_a_collapse_is_said_once_an_epoch(tmp_p
 def test_a_resumed_run_drops_the_steps_it_takes_again_and_a_torn_line(tmp_path):
     config, learner = vssl(tmp_path)
     state = TrainState()
-    with Telemetry(config, {}, "digest", 6, state, ranks()) as telemetry:
+    with Telemetry(config, {}, "digest", 6, state, Meter(), ranks()) as telemetry:
         for _ in range(4):
             state.advance(64)
-            telemetry.step(learner, state, terms(0.1), lr=0.1, gradient_norm=1.0)
+            telemetry.step(learner, terms(0.1), lr=0.1, gradient_norm=1.0)
+            if state.step == 2:
+                saved = state.to_dict()
     path = tmp_path / "run" / "metrics.jsonl"
     path.write_text(path.read_text() + '{"kind": "train", "st')
-    with Telemetry(config, {}, "digest", 6, TrainState(step=2, samples_seen=128), ranks()):
+    with Telemetry(config, {}, "digest", 6, TrainState.from_dict(saved), Meter(), ranks()):
         pass
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
 
@@ -100,7 +103,7 @@ def test_a_resumed_run_drops_the_steps_it_takes_again_and_a_torn_line(tmp_path):
 def test_other_ranks_write_nothing(tmp_path):
     config, learner = vssl(tmp_path)
     state = TrainState(step=1)
-    with Telemetry(config, {}, "digest", 6, state, ranks(rank=1)) as telemetry:
-        telemetry.step(learner, state, terms(0.1), lr=0.1, gradient_norm=1.0)
+    with Telemetry(config, {}, "digest", 6, state, Meter(), ranks(rank=1)) as telemetry:
+        telemetry.step(learner, terms(0.1), lr=0.1, gradient_norm=1.0)
         telemetry.say("nothing")
     assert not (tmp_path / "run").exists()

@@ -2,12 +2,13 @@
 
 from varscale.config.batch import BatchSizes, resolve_batch
 from varscale.config.loading import load_config, parse_config, recipe_names, to_yaml
-from varscale.config.schema import Config, VarConConfig, VSSLConfig
+from varscale.config.schema import Config, SafetyConfig, VarConConfig, VSSLConfig
 from varscale.config.zero import resolve_deepspeed, zero_stage
 
 __all__ = [
     "BatchSizes",
     "Config",
+    "SafetyConfig",
     "VSSLConfig",
     "VarConConfig",
     "load_config",

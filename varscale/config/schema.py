@@ -208,10 +208,20 @@ class DeepSpeedConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """When the state is saved beside the end of training, and how many of the newest are kept."""
+    """When the state is saved beside the end of training, and how many of the newest are kept beside the best."""
 
-    every_steps: PositiveInt | None = None
+    every_steps: PositiveInt | None = None  # null: at the end of every epoch
     keep: PositiveInt = 2
+
+
+class SafetyConfig(Section):
+    """What ends a run before its time, and what follows a step that went wrong."""
+
+    time_limit_minutes: PositiveFloat | None = None  # stop then as if preempted: saved, exit code 75
+    watchdog_seconds: NonNegativeFloat = 600  # without a step; 0: never
+    bad_step: Literal["stop", "skip", "rewind"] = "stop"  # where a loss or gradient is not finite
+    max_bad_steps: PositiveInt = 10  # of a run, skipped or rewound from
+    loss_limit: PositiveFloat | None = None  # a loss above it is a bad step, too
 
 
 class LoggingConfig(Section):
@@ -244,6 +254,7 @@ class Config(Section):
     compute: ComputeConfig = ComputeConfig()
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    safety: SafetyConfig = SafetyConfig()
     logging: LoggingConfig = LoggingConfig()
     online_knn: OnlineKNNConfig = OnlineKNNConfig()
 

@@ -1,7 +1,8 @@
-"""Checkpoints: whole tensors in safetensors, written aside and renamed, independent of world size and ZeRO stage.
+"""Checkpoints on the disk: folders that are complete or not there, whole tensors in them, a checksum for every file.
 
-One folder holds model, optimizer and (for VSSL) teacher tensors, and state.json: the position of the run and a SHA-256
-of every file. `latest` names the newest folder and is replaced only after that folder is complete.
+A folder is written beside its place, forced to the disk and renamed; then the link `latest` moves to it. It holds
+safetensors, state.json (where the run stood) and SHA256SUMS, which `sha256sum --check` understands. Nothing in it
+depends on the world size or the ZeRO stage, and nothing is pickled.
 """
 
 import hashlib
@@ -14,64 +15,123 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from varscale.engine.rundir import checkpoint_name
+from varscale.engine.rundir import BEST, LATEST, STEP, checkpoint_folder, checkpoint_name, find_checkpoints
 from varscale.errors import UserError
-from varscale.files import replace_text, sync
+from varscale.files import replace_link, sync
+
+SUMS, STATE = "SHA256SUMS", "state.json"
+WRITING, DELETING, DAMAGED = ".writing-", ".deleting-", "damaged-"  # what is put before a folder's name
+REPLACED = "-replaced"  # and behind it, as long as the new one is not there: it still counts
 
 Tensors = Mapping[str, Tensor]
 
 
 def write_checkpoint(run: Path, step: int, parts: Mapping[str, Tensors], state: dict, keep: int) -> Path:
-    """Write the parts (file stem -> tensors) as the checkpoint of `step`, then delete all but the newest `keep`.
+    """Write the parts (file stem -> tensors) as the checkpoint of `step`; keep the newest `keep`, and the best.
 
     Only rank 0 calls it. Raises OSError (disk full, no permission) with the older checkpoints untouched.
     """
-    folder = run / "checkpoints"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = checkpoint_folder(run)
     target = folder / checkpoint_name(step)
-    aside = folder / f".writing-{target.name}"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
+    aside = folder / f"{WRITING}{target.name}"
     try:
-        digests = {f"{stem}.safetensors": _write_tensors(aside / f"{stem}.safetensors", t) for stem, t in parts.items()}
-        replace_text(aside / "state.json", json.dumps({"step": step, "state": state, "files": digests}, indent=1))
+        folder.mkdir(parents=True, exist_ok=True)
+        _clear(folder)
+        aside.mkdir()
+        for stem, tensors in parts.items():
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside / f"{stem}.safetensors")
+        (aside / STATE).write_text(json.dumps({"step": step, "state": state}, indent=1))
+        sums = [f"{_digest(path)}  {path.name}\n" for path in sorted(aside.iterdir())]
+        (aside / SUMS).write_text("".join(sums))
+        for path in (*aside.iterdir(), aside):
+            sync(path)
         if target.exists():  # a resumed run comes by the same step again
-            shutil.rmtree(target)
+            target.rename(folder / f"{target.name}{REPLACED}")
         aside.rename(target)
+        sync(folder)
+        replace_link(folder / LATEST, target.name)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise OSError(f"{target}: {error}") from error
-    replace_text(folder / "latest", target.name)
-    for old in sorted(folder.glob("step-*"))[:-keep]:
-        shutil.rmtree(old)
+    _delete_old(folder, keep)
     return target
 
 
-def read_state(checkpoint: Path) -> dict:
-    """The contents of state.json. Raises UserError when it cannot be read."""
+def mark_best(run: Path, step: int) -> None:
+    """Make `best` point at the checkpoint of `step`, which from then on is kept until another is better."""
+    folder = checkpoint_folder(run)
+    if (folder / checkpoint_name(step)).is_dir():
+        replace_link(folder / BEST, checkpoint_name(step))
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint: the file, and how it differs from SHA256SUMS; None where all is well."""
     try:
-        return json.loads((checkpoint / "state.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{checkpoint / 'state.json'}: cannot be read: {error}") from None
+        for name in _sums(checkpoint).keys() | {path.name for path in checkpoint.glob("*.safetensors")}:
+            _check(checkpoint / name)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def put_aside(checkpoint: Path) -> Path:
+    """Rename a damaged checkpoint so that nothing takes it for a good one; returns its new place."""
+    aside = checkpoint.with_name(f"{DAMAGED}{checkpoint.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    return checkpoint.rename(aside)
+
+
+def read_state(checkpoint: Path) -> dict:
+    """The contents of state.json: {"step": int, "state": dict}. Raises UserError where it is damaged or missing."""
+    path = checkpoint / STATE
+    _check(path)
+    return json.loads(path.read_text())
 
 
 def read_part(checkpoint: Path, stem: str) -> dict[str, Tensor]:
-    """The tensors of one part, after comparing the file with its recorded digest; UserError where it is damaged."""
+    """The tensors of one part, on the CPU. Raises UserError where the file is damaged or missing."""
     path = checkpoint / f"{stem}.safetensors"
-    expected = read_state(checkpoint)["files"].get(path.name)
-    if expected is None or not path.is_file():
-        raise UserError(f"{path}: is missing from the checkpoint")
-    if _digest(path) != expected:
-        raise UserError(f"{path}: is damaged (its SHA-256 is not the one recorded in state.json)")
+    _check(path)
     return load_file(path)
 
 
-def _write_tensors(path: Path, tensors: Tensors) -> str:
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
-    sync(path)
-    return _digest(path)
+def _sums(checkpoint: Path) -> dict[str, str]:
+    """SHA256SUMS as file name -> digest."""
+    path = checkpoint / SUMS
+    try:
+        found = dict(reversed(line.split("  ")) for line in path.read_text().splitlines())
+    except (OSError, ValueError) as error:  # ValueError: also what is not UTF-8
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    if STATE not in found:
+        raise UserError(f"{path}: does not name {STATE}")
+    return found
+
+
+def _check(path: Path) -> None:
+    expected = _sums(path.parent).get(path.name)
+    if expected is None or not path.is_file():
+        raise UserError(f"{path}: is missing from the checkpoint")
+    if _digest(path) != expected:
+        raise UserError(f"{path}: is damaged (its SHA-256 is not the one in {SUMS})")
 
 
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _delete_old(folder: Path, keep: int) -> None:
+    kept = {(folder / link).resolve().name for link in (LATEST, BEST)}
+    checkpoints = find_checkpoints(folder.parent)
+    replaced = [checkpoint for checkpoint in checkpoints if checkpoint.name.endswith(REPLACED)]
+    counted = [checkpoint for checkpoint in checkpoints if checkpoint not in replaced]
+    for checkpoint in (*replaced, *(old for old in counted[keep:] if old.name not in kept)):
+        checkpoint.rename(folder / f"{DELETING}{checkpoint.name}")
+    _clear(folder)
+
+
+def _clear(folder: Path) -> None:
+    """Delete what an interrupted write or deletion left."""
+    for prefix in (WRITING, DELETING):
+        for left in folder.glob(f"{prefix}{STEP}*"):
+            shutil.rmtree(left)

@@ -4,6 +4,7 @@ import os
 import shutil
 import socket
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -87,11 +88,11 @@ def announced_failure() -> str | None:
         return store.get(FAILURE).decode()
 
 
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether `flag` holds on any rank; the same answer on all."""
-    found = torch.tensor(float(flag), device=device)
+def greatest(values: Sequence[float], device: torch.device) -> list[float]:
+    """The greatest of each value over all ranks, on every rank: how they agree on what only some of them know."""
+    found = torch.tensor(values, dtype=torch.float32, device=device)
     dist.all_reduce(found, dist.ReduceOp.MAX)
-    return bool(found.item())
+    return found.tolist()
 
 
 def gather_objects(value: object) -> list:

@@ -4,14 +4,16 @@ import importlib.util
 import os
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from varscale.config import BatchSizes, Config, VarConConfig
 from varscale.data.dataset import BetonSummary, DatasetInfo, check_beton, read_dataset_info
 from varscale.engine.manifest import refuse_another_run
-from varscale.engine.rundir import find_checkpoint, latest_checkpoint, read_manifest
+from varscale.engine.rundir import find_checkpoint, find_checkpoints, read_manifest
 from varscale.errors import UserError
+from varscale.files import is_unfinished
 
 EXIT_USER_ERROR = 2
 WAIT_FOR_RANK_0 = 5.0  # seconds; launchers end all ranks soon after the first one ended
@@ -69,8 +71,29 @@ def check_training_data(config: Config, sizes: BatchSizes) -> TrainingData:
     return TrainingData(info, found["train"], found["val"])
 
 
-def check_run_directory(config: Config, data_digest: str, resume: str | None) -> Path | None:
-    """The checkpoint to go on from, or None for a new run; writes nothing.
+@dataclass(frozen=True)
+class Job:
+    """What is to be run, and found possible: the configuration, what follows from it, and the data."""
+
+    config: Config
+    sizes: BatchSizes
+    deepspeed: dict
+    data: TrainingData
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a run may go on from: checkpoints, the one to be preferred first; none for a new run.
+
+    fall_back: whether a damaged one may be passed over for the next.
+    """
+
+    checkpoints: Sequence[Path] = ()
+    fall_back: bool = True
+
+
+def check_run_directory(config: Config, data_digest: str, resume: str | None) -> Origin:
+    """What there is to go on from; writes nothing.
 
     Raises UserError when output_dir holds something that would be overwritten, and when the checkpoint belongs to a run
     of another architecture, configuration or data set.
@@ -82,14 +105,16 @@ def check_run_directory(config: Config, data_digest: str, resume: str | None) ->
     if resume not in (None, "auto"):
         origin, checkpoint = find_checkpoint(Path(resume))
         refuse_another_run(read_manifest(origin), config, data_digest, checkpoint)
-        return checkpoint
+        if Path(resume).resolve() == origin.resolve():
+            return Origin(find_checkpoints(origin))
+        return Origin([checkpoint], fall_back=False)
     if run.exists() and not run.is_dir():
         raise UserError(f"output_dir: {run} is a file")
-    if not run.exists() or not any(run.iterdir()):
-        return None
+    if not run.exists() or all(is_unfinished(path) for path in run.iterdir()):
+        return Origin()
     if not (run / "manifest.json").is_file():
         raise UserError(f"output_dir: {run} holds files that are not a run's; choose an empty or new directory")
     if resume is None:
         raise UserError(f"output_dir: {run} already holds a run; continue it with --resume auto, or choose another")
     refuse_another_run(read_manifest(run), config, data_digest, run)
-    return latest_checkpoint(run)
+    return Origin(find_checkpoints(run))

@@ -14,7 +14,7 @@ from varscale.errors import UserError
 from varscale.files import replace_text
 
 # Sections and keys that may differ between a run and its continuation without changing what is computed.
-FREE = {"name", "output_dir", "deepspeed", "checkpoint", "logging", "online_knn"}
+FREE = {"name", "output_dir", "deepspeed", "checkpoint", "safety", "logging", "online_knn"}
 FREE_KEYS = {"data.dir", "data.workers", "data.batches_ahead", "data.os_cache", "data.on_bad_sample"} | {
     f"batch.{key}" for key in ("micro_batch_size", "gradient_accumulation_steps", "max_micro_batch_size")
 }
@@ -43,8 +43,8 @@ def write_manifest(config: Config, deepspeed: dict, data_digest: str, *, world_s
         "data_digest": data_digest,
         "starts": [*starts, start],
     }
+    replace_text(path, json.dumps(manifest, indent=1))  # first: a folder without it is not taken for a run
     replace_text(config.output_dir / "config.yaml", to_yaml(config))
-    replace_text(path, json.dumps(manifest, indent=1))
 
 
 def refuse_another_run(manifest: dict, config: Config, data_digest: str, place: Path) -> None:

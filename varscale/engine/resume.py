@@ -1,36 +1,62 @@
-"""What of a run goes into a checkpoint, and how it comes back: on any number of ranks, under any ZeRO stage."""
+"""What of a run goes into a checkpoint, and how it comes back: on any number of ranks, under any ZeRO stage.
 
+A checkpoint is the parameters and buffers of the network and its companions (VSSL's teacher), the optimizer's state,
+what the meters hold, and the TrainState. All else is a function of these and the configuration.
+"""
+
+from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from deepspeed import DeepSpeedEngine
 from torch import Tensor, nn
 
-from varscale.config import Config
-from varscale.engine.checkpoints import read_part, read_state, write_checkpoint
+from varscale.engine.checkpoints import Tensors, damage, put_aside, read_part, read_state
+from varscale.engine.distributed import Ranks
 from varscale.engine.learners import Learner
+from varscale.engine.meter import Meter
 from varscale.engine.state import TrainState
-from varscale.engine.telemetry import Telemetry
 from varscale.engine.zero import OptimizerState, optimizer_state, restore_optimizer_state, whole_state_dict
 from varscale.errors import UserError
 
 SEPARATOR = "//"  # between a parameter's name and a state's: neither contains it
 
 
-def save(config: Config, engine: DeepSpeedEngine, learner: Learner, state: TrainState, telemetry: Telemetry) -> None:
-    """Gather the state of all ranks and make it the checkpoint of this step. Every rank must call it.
+def collect(engine: DeepSpeedEngine, learner: Learner, meter: Meter) -> dict[str, Tensors]:
+    """Copies of all tensors of a checkpoint, by part, on the CPU of rank 0. A collective."""
+    modules = {"model": engine.module, **learner.companions()}
+    parts = {name: whole_state_dict(module) for name, module in modules.items()}
+    return parts | {"optimizer": _flatten(optimizer_state(engine)), "meter": meter.gather()}
 
-    Where rank 0 cannot write (disk full, permission lost) it says so and training goes on: the older checkpoints are
-    untouched, and the next save tries again.
+
+def choose(candidates: Sequence[Path], ranks: Ranks, *, fall_back: bool) -> Path | None:
+    """The first of the candidates that is not damaged, the same on every rank; None where there are none.
+
+    Damaged ones are named, and put aside. Raises UserError where all are damaged, and where the first is without
+    `fall_back`. A collective.
     """
-    parts = {"model": whole_state_dict(engine.module), "optimizer": _flatten(optimizer_state(engine))}
-    for name, module in learner.companions().items():
-        parts[name] = whole_state_dict(module)
-    if not telemetry.first:
-        return
-    try:
-        write_checkpoint(config.output_dir, state.step, parts, state.to_dict(), config.checkpoint.keep)
-    except OSError as error:
-        telemetry.say(f"WARNING: no checkpoint at step {state.step}: {error}")
+    found: list[tuple[Path | None, str | None]] = [(None, None)]
+    if ranks.is_first:
+        found = [_first_good(candidates, fall_back)]
+    torch.distributed.broadcast_object_list(found)
+    checkpoint, error = found[0]
+    if error:
+        raise UserError(error)
+    return checkpoint
+
+
+def _first_good(candidates: Sequence[Path], fall_back: bool) -> tuple[Path | None, str | None]:
+    for number, checkpoint in enumerate(candidates, start=1):
+        wrong = damage(checkpoint)
+        if wrong is None:
+            return checkpoint, None
+        if not fall_back:
+            return None, wrong
+        if number == len(candidates):
+            return None, f"{wrong}; there is no other checkpoint to go on from"
+        print(f"WARNING: {wrong}; going on from the checkpoint before it", flush=True)
+        put_aside(checkpoint)
+    return None, None
 
 
 def restore_modules(checkpoint: Path, learner: Learner) -> None:
@@ -39,9 +65,10 @@ def restore_modules(checkpoint: Path, learner: Learner) -> None:
         _load(module, read_part(checkpoint, part), checkpoint / f"{part}.safetensors")
 
 
-def restore_progress(checkpoint: Path, engine: DeepSpeedEngine) -> TrainState:
-    """Load the optimizer's state into the engine and return where the run stood."""
+def restore_progress(checkpoint: Path, engine: DeepSpeedEngine, meter: Meter, ranks: Ranks) -> TrainState:
+    """Load the optimizer's state and the meter, and return where the run stood."""
     restore_optimizer_state(engine, _unflatten(read_part(checkpoint, "optimizer")))
+    meter.restore(read_part(checkpoint, "meter"), ranks.rank, ranks.world_size, ranks.device)
     return TrainState.from_dict(read_state(checkpoint)["state"])
 
 

@@ -3,8 +3,9 @@
 RUN/manifest.json             what ran: resolved configuration, versions, revision, data digest, hardware
 RUN/config.yaml               the resolved configuration, usable as a recipe
 RUN/metrics.jsonl             one JSON object a line: `{"kind": "train" | "knn" | ..., "step": ..., ...}`
-RUN/checkpoints/latest        the name of the newest complete checkpoint
-RUN/checkpoints/step-00000042 state.json and safetensors (see checkpoints.py)
+RUN/checkpoints/step-00000042 state.json, safetensors and their checksums (see checkpoints.py)
+RUN/checkpoints/latest        a link to the newest
+RUN/checkpoints/best          a link to that with the best kNN accuracy, where it is measured while training
 RUN/evaluation/               what evaluate.py measured, one JSON a checkpoint
 RUN/tensorboard/, RUN/plots/
 """
@@ -16,31 +17,44 @@ from pathlib import Path
 from varscale.config import Config, parse_config
 from varscale.errors import UserError
 
+LATEST, BEST, STEP = "latest", "best", "step-"
+
+
+def checkpoint_folder(run: Path) -> Path:
+    """Where the checkpoints of a run lie."""
+    return run / "checkpoints"
+
 
 def checkpoint_name(step: int) -> str:
     """The folder name of the checkpoint made after `step` optimizer steps."""
-    return f"step-{step:08d}"
+    return f"{STEP}{step:08d}"
+
+
+def find_checkpoints(run: Path) -> list[Path]:
+    """The complete checkpoints of a run, that which `latest` names first, then from the newest to the oldest."""
+    folder = checkpoint_folder(run)
+    found = sorted((path for path in folder.glob(f"{STEP}*") if path.is_dir()), reverse=True)
+    latest = (folder / LATEST).resolve().name
+    return sorted(found, key=lambda path: path.name != latest)
 
 
 def latest_checkpoint(run: Path) -> Path | None:
     """The newest complete checkpoint of a run, or None while there is none."""
-    pointer = run / "checkpoints" / "latest"
-    if not pointer.is_file():
-        return None
-    return pointer.parent / pointer.read_text().strip()
+    return next(iter(find_checkpoints(run)), None)
 
 
 def find_checkpoint(path: Path) -> tuple[Path, Path]:
     """Take a run or one checkpoint in it; return (run, checkpoint). Raises UserError where there is none."""
     if (path / "state.json").is_file():
-        return path.resolve().parents[1], path
+        checkpoint = path.resolve()  # it may be named by a link
+        return checkpoint.parents[1], checkpoint
     if not path.is_dir():
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         nearest = difflib.get_close_matches(path.name, siblings, 1)
         raise UserError(f"{path}: there is no such run" + (f"; nearest: {path.parent / nearest[0]}" if nearest else ""))
     checkpoint = latest_checkpoint(path)
     if checkpoint is None:
-        raise UserError(f"{path}: holds no checkpoint (expected {path / 'checkpoints' / 'latest'})")
+        raise UserError(f"{path}: holds no checkpoint (expected {checkpoint_folder(path) / LATEST})")
     return path, checkpoint
 
 

@@ -1,8 +1,6 @@
 """The DeepSpeed engine of a run, and its partitioned state as whole tensors, whatever the ZeRO stage or world size."""
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import deepspeed
@@ -63,45 +61,50 @@ def step_with_gradient_norm(engine: deepspeed.DeepSpeedEngine) -> float:
     """Take the step that ends an accumulation and return the global gradient norm before clipping.
 
     A norm that is not finite means that no parameter was changed: ZeRO's optimizers then refuse the step by themselves,
-    and under stage 0 it is not taken here. The caller must stop, for DeepSpeed goes on silently.
+    and under stage 0 it is not taken here. The caller must see to it, for DeepSpeed goes on silently.
     """
     if engine.zero_optimization():
         engine.step()
         return float(engine.get_global_grad_norm())
     gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
     norm = float(nn.utils.get_total_norm(gradients))
-    if norm < float("inf"):
-        engine.step()
+    if not norm < float("inf"):
+        engine.optimizer.zero_grad(set_to_none=True)  # without gradients nothing is changed, only counted
+    engine.step()
     return norm
 
 
-@contextmanager
-def whole_parameters(network: nn.Module) -> Iterator[None]:
-    """Within it every rank sees the whole parameters; they are partitioned again afterwards (ZeRO-3 only)."""
-    partitioned = [p for p in network.parameters() if hasattr(p, "ds_id")]
-    with deepspeed.zero.GatheredParameters(partitioned, modifier_rank=None, enabled=bool(partitioned)):
-        yield
-
-
 def whole_state_dict(network: nn.Module) -> dict[str, Tensor]:
-    """The network's state dict on the CPU, every parameter whole. A collective: every rank must call it."""
-    with whole_parameters(network):
-        return {name: tensor.detach().cpu().clone() for name, tensor in network.state_dict().items()}
+    """A copy of the network's state dict on the CPU of rank 0, every parameter whole; on other ranks nothing.
+
+    A collective where ZeRO-3 has partitioned the network; one parameter at a time is gathered.
+    """
+    whole = {}
+    for name, tensor in network.state_dict(keep_vars=True).items():
+        is_partitioned = hasattr(tensor, "ds_id")
+        with deepspeed.zero.GatheredParameters([tensor], modifier_rank=None, enabled=is_partitioned):
+            if dist.get_rank() == 0:
+                whole[name] = _copy(tensor)
+    return whole
 
 
 def optimizer_state(engine: deepspeed.DeepSpeedEngine) -> OptimizerState:
-    """The optimizer's state, gathered whole per parameter, on the CPU. A collective: every rank must call it."""
-    if not engine.zero_optimization():
-        state = engine.optimizer.state
-        return {name: {key: _cpu(value) for key, value in state.get(p, {}).items()} for name, p in _trained(engine)}
-    return {
-        name: {
-            key: _gather(p, fragment, value, engine.device) if torch.is_tensor(value) and value.dim() else _cpu(value)
-            for key, value in engine.optimizer.optimizer.state.get(fragment.shard, {}).items()
-        }
-        for name, p in _trained(engine)
-        for fragment in [_fragment(engine, p)]
-    }
+    """A copy of the optimizer's state, whole per parameter, on the CPU of rank 0; on other ranks nothing.
+
+    A collective where a ZeRO stage has partitioned it.
+    """
+    is_first = dist.get_rank() == 0
+    whole: OptimizerState = {}
+    for name, p in _trained(engine):
+        if not engine.zero_optimization():
+            entry = engine.optimizer.state.get(p, {}) if is_first else {}
+        else:
+            fragment = _fragment(engine, p)
+            entry = engine.optimizer.optimizer.state.get(fragment.shard, {})
+            entry = {key: _gather(p, fragment, value, engine.device) for key, value in entry.items()}
+        if is_first:
+            whole[name] = {key: _copy(value) for key, value in entry.items()}
+    return whole
 
 
 def restore_optimizer_state(engine: deepspeed.DeepSpeedEngine, saved: OptimizerState) -> None:
@@ -150,13 +153,16 @@ def _fragment(engine: deepspeed.DeepSpeedEngine, parameter: nn.Parameter) -> _Fr
     return _Fragment(shard, here.start, there.start, here.numel)
 
 
-def _gather(parameter: nn.Parameter, fragment: _Fragment, values: Tensor, device: torch.device) -> Tensor:
+def _gather(parameter: nn.Parameter, fragment: _Fragment, values: object, device: torch.device) -> object:
+    """All ranks' parts of one tensor, put together on rank 0; anything else is the same on all ranks."""
+    if not torch.is_tensor(values) or not values.dim():
+        return values
     shape = getattr(parameter, "ds_shape", parameter.shape)
     whole = torch.zeros(shape.numel(), dtype=values.dtype, device=device)
     part = values.narrow(0, fragment.offset, fragment.length)
     whole.narrow(0, fragment.start, fragment.length).copy_(part)
-    dist.all_reduce(whole)
-    return whole.view(shape).cpu()
+    dist.reduce(whole, 0)
+    return whole.view(shape)
 
 
 def _trained(engine: deepspeed.DeepSpeedEngine) -> list[tuple[str, nn.Parameter]]:
@@ -168,5 +174,5 @@ def _home(parameter: nn.Parameter, value: Tensor) -> torch.device:
     return parameter.device if value.dim() else torch.device("cpu")
 
 
-def _cpu(value: object) -> Tensor:
-    return torch.as_tensor(value).detach().cpu().clone()
+def _copy(value: object) -> Tensor:
+    return torch.as_tensor(value).detach().to("cpu", copy=True)

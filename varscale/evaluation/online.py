@@ -1,5 +1,7 @@
 """The kNN accuracy of the encoder as it stands, measured while it is trained: the pulse of a run."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -16,14 +18,23 @@ class OnlineKNN:
     network: in training; its parameters may be spread over the ranks, for every rank makes the same calls.
     workers: loader threads where the configuration leaves their number open.
     labelled: whether the data has labels; without them nothing is measured.
+    heartbeat: called again and again while it measures.
     """
 
     def __init__(
-        self, config: Config, info: DatasetInfo, network: nn.Module, place: Place, *, workers: int, labelled: bool
+        self,
+        config: Config,
+        info: DatasetInfo,
+        network: nn.Module,
+        place: Place,
+        workers: int,
+        labelled: bool,
+        heartbeat: Callable[[], None] = lambda: None,
     ) -> None:
         self.every = config.online_knn.every_epochs if labelled else 0
         self.epochs = config.schedule.epochs
-        self.network, self.place = network, place
+        self.network, self.place, self.heartbeat = network, place, heartbeat
+        self.accuracy = f"top1_k{config.online_knn.k}"
         self.autocast = config.compute.precision == "bfloat16"
         self.settings = Settings(k=(config.online_knn.k,), temperature=config.online_knn.temperature)
         data = config.data
@@ -43,7 +54,7 @@ class OnlineKNN:
         return self.every > 0 and ((epoch + 1) % self.every == 0 or epoch + 1 == self.epochs)
 
     def measure(self) -> dict[str, float]:
-        """Top-1 and top-5 in percent. Every rank must call it."""
+        """Top-1, by the name `accuracy`, and top-5 in percent. Every rank must call it."""
         self.network.eval()
         try:
             return knn.run(Context(self._encode, self.images, self.place, self.settings)).metrics
@@ -51,5 +62,6 @@ class OnlineKNN:
             self.network.train()
 
     def _encode(self, images: Tensor) -> Tensor:
+        self.heartbeat()
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.autocast):
             return self.network.encoder(images)

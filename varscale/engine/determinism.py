@@ -1,0 +1,18 @@
+"""Random numbers and kernels that are the same whenever a step is taken."""
+
+import os
+
+import numpy as np
+import torch
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Make torch's random numbers on every device functions of the position, so that no generator need be saved."""
+    torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0]))
+
+
+def use_deterministic_kernels() -> None:
+    """Have CUDA add in a fixed order; raises RuntimeError later, where a kernel has no such form. Slower."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True)

@@ -1,0 +1,103 @@
+"""What the steps between two lines of metrics come to, over micro-batches, steps and ranks."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from varscale.engine.distributed import gather_objects
+
+SEPARATOR = "//"  # in the names of a saved meter: rank // table // term
+TABLES = ("sums", "counts", "latest", "extremes")
+
+
+class Meter:
+    """What the terms of steps come to over micro-batches, steps and ranks; kept on their device until it is read.
+
+    Scalars are averaged over all steps since the last reading; those whose name ends in _min or _max are the least or
+    greatest, those in _count the sum. Vectors and matrices are averaged over the last step alone: what is derived from
+    them, like a variance from means, must belong to one state of the network.
+    """
+
+    def __init__(self) -> None:
+        self._start_anew()
+
+    def _start_anew(self) -> None:
+        self.steps = 0
+        self.sums: dict[str, Tensor] = {}  # over steps, of averages over micro-batches
+        self.counts: dict[str, Tensor] = {}
+        self.latest: dict[str, Tensor] = {}
+        self.extremes: dict[str, Tensor] = {}  # of the negative value for _min
+
+    def add(self, step: Sequence[dict[str, Tensor]]) -> None:
+        """Take in a step: the terms of each of its micro-batches, equally many on every rank."""
+        self.steps += 1
+        for name in step[0]:
+            values = torch.stack([terms[name].detach().double() for terms in step])
+            if name.endswith(("_min", "_max")):
+                extreme = (values * _sign(name)).max()
+                self.extremes[name] = extreme.maximum(self.extremes.get(name, extreme))
+            elif name.endswith("_count"):
+                self.counts[name] = self.counts.get(name, 0.0) + values.sum()
+            elif values.ndim > 1:
+                self.latest[name] = values.mean(dim=0)
+            else:
+                self.sums[name] = self.sums.get(name, 0.0) + values.mean()
+
+    def read(self) -> dict[str, Tensor]:
+        """What was added on every rank since the last call, in float64 on the CPU. A collective."""
+        means = {name: total / self.steps for name, total in self.sums.items()} | self.latest
+        shares = {name: mean / dist.get_world_size() for name, mean in means.items()}
+        found = _all_reduce(shares | self.counts, dist.ReduceOp.SUM)
+        found |= {name: _sign(name) * value for name, value in _all_reduce(self.extremes, dist.ReduceOp.MAX).items()}
+        self._start_anew()
+        return found
+
+    def gather(self) -> dict[str, Tensor]:
+        """What every rank's meter holds, on the CPU, for `restore`. A collective."""
+        if not self.steps:
+            return {}
+        mine = {f"{table}{SEPARATOR}{name}": t.cpu() for table in TABLES for name, t in getattr(self, table).items()}
+        everyone = gather_objects(mine)
+        found = {f"{rank}{SEPARATOR}{key}": t for rank, tables in enumerate(everyone) for key, t in tables.items()}
+        return found | {"steps": torch.tensor(self.steps)}
+
+    def restore(self, saved: dict[str, Tensor], rank: int, world_size: int, device: torch.device) -> None:
+        """Hold again what this rank's meter held; on another number of ranks, what reads the same in the end."""
+        self._start_anew()
+        if not saved:
+            return
+        self.steps = int(saved["steps"])
+        by_term: dict[tuple[str, str], list[Tensor]] = {}
+        for key, value in saved.items():
+            if key != "steps":
+                _, table, name = key.split(SEPARATOR)
+                by_term.setdefault((table, name), []).append(value)
+        for (table, name), values in by_term.items():
+            getattr(self, table)[name] = _share(table, torch.stack(values), rank, world_size).to(device)
+
+
+def _share(table: str, values: Tensor, rank: int, world_size: int) -> Tensor:
+    """Of the `values` of all ranks that saved them, what this one shall hold."""
+    if len(values) == world_size:
+        return values[rank]
+    if table == "extremes":
+        return values.amax(dim=0)
+    if table == "counts":
+        return values.sum(dim=0) * (rank == 0)
+    return values.mean(dim=0)
+
+
+def _sign(name: str) -> int:
+    return -1 if name.endswith("_min") else 1
+
+
+def _all_reduce(tensors: dict[str, Tensor], operation: dist.ReduceOp) -> dict[str, Tensor]:
+    """The tensors reduced over all ranks in one collective, on the CPU."""
+    if not tensors:
+        return {}
+    packed = torch.cat([tensor.flatten() for tensor in tensors.values()])
+    dist.all_reduce(packed, operation)
+    parts = packed.cpu().split([tensor.numel() for tensor in tensors.values()])
+    return {name: part.view_as(tensor) for (name, tensor), part in zip(tensors.items(), parts, strict=True)}

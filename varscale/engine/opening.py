@@ -1,0 +1,77 @@
+"""What a run is made of, from its configuration: the network under DeepSpeed, new or as it was left, and its views."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from deepspeed import DeepSpeedEngine
+
+from varscale.config import Config
+from varscale.data.augment import Augmentation
+from varscale.data.dataset import DatasetInfo
+from varscale.data.geometry import CropSpec
+from varscale.data.loader import Batch, ViewLoader
+from varscale.engine import resume
+from varscale.engine.distributed import Ranks
+from varscale.engine.learners import Learner, MicroBatch
+from varscale.engine.meter import Meter
+from varscale.engine.optimizers import build_optimizer
+from varscale.engine.state import TrainState
+from varscale.engine.zero import build_engine, partition_companion, partition_group
+
+
+def open_engine(
+    config: Config, deepspeed: dict, learner: Learner, meter: Meter, checkpoint: Path | None, ranks: Ranks
+) -> tuple[DeepSpeedEngine, TrainState]:
+    """The learner's network under DeepSpeed; it, the meter and the state new or as the checkpoint left them."""
+    if checkpoint:
+        resume.restore_modules(checkpoint, learner)
+    optimizer = build_optimizer(
+        learner.network.named_parameters(),
+        partition_group=partition_group(deepspeed),
+        **config.optimizer.model_dump(exclude={"clip_grad_norm"}),
+    )
+    engine = build_engine(learner.network, optimizer, deepspeed)
+    for companion in learner.companions().values():
+        partition_companion(companion, deepspeed)
+    state = resume.restore_progress(checkpoint, engine, meter, ranks) if checkpoint else TrainState()
+    return engine, state
+
+
+def open_views(
+    config: Config, info: DatasetInfo, ranks: Ranks
+) -> tuple[ViewLoader, Callable[[Batch, int], MicroBatch]]:
+    """The loader that cuts views from images, and the function that makes them a micro-batch on the device."""
+    d = config.data
+    crop = CropSpec(d.image_size, d.crop_scale, d.crop_ratio, d.flip, d.interpolation)
+    local_crop = CropSpec(d.local_size, d.local_scale, d.crop_ratio, d.flip, d.interpolation)
+    loader = ViewLoader(
+        d.dir / "train.beton",
+        [crop] * d.views + [local_crop] * d.local_views,
+        seed=config.seed,
+        workers=d.workers or ranks.cores,
+        batches_ahead=d.batches_ahead,
+        os_cache=d.os_cache,
+        on_bad_sample=d.on_bad_sample,
+        decoder=d.loader,
+    )
+    augmentations, first_view = [], 0
+    for size, count in d.views_by_size.items():
+        settings = (d.augmentation, count, size, info.mean, info.std, config.seed, first_view)
+        augmentations.append(Augmentation(*settings).to(ranks.device))
+        first_view += count
+
+    # The layout of the input decides the layout of every activation; DeepSpeed wants plain parameters.
+    layout = torch.channels_last if config.compute.channels_last else torch.contiguous_format
+
+    def augment(batch: Batch, epoch: int) -> MicroBatch:
+        views = (
+            augmentation(images.to(ranks.device, non_blocking=True), batch.indices, epoch)
+            for augmentation, images in zip(augmentations, batch.images, strict=True)
+        )
+        labels, indices = (tensor.to(ranks.device, non_blocking=True) for tensor in (batch.labels, batch.indices))
+        return MicroBatch(
+            tuple(part.contiguous(memory_format=layout) for part in views), labels, indices, batch.skipped
+        )
+
+    return loader, augment

@@ -1,0 +1,80 @@
+"""Being told to stop: a signal, or a time limit, becomes a wish that all ranks grant after the same step."""
+
+import os
+import signal
+import threading
+import time
+from types import FrameType
+from typing import Self
+
+PREEMPTED, INTERRUPTED = 75, 130  # exit codes: "start me again" (EX_TEMPFAIL), and that of a shell after Ctrl-C
+
+SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
+TIME_LIMIT = signal.NSIG  # a reason beside the signals
+SAME = 3.0  # seconds; a launcher that is told to stop passes the signal on to ranks which have it already
+
+
+class StopRequest:
+    """Whether this rank was told to stop, and why. A context manager, for the main thread, around the whole program.
+
+    The first signal only leaves a wish, `reason`; the loop grants it at the end of a step. Another one, SAME seconds
+    later, ends the process at once, wherever it is: a thread listens, for Python's own handlers wait while a
+    collective runs. SIGINT raises KeyboardInterrupt until `defer_interrupts`: before there is anything to save.
+
+    time_limit: seconds from now after which the run shall stop as if preempted; None for no limit.
+    """
+
+    def __init__(self, time_limit: float | None = None) -> None:
+        self.ends = None if time_limit is None else time.monotonic() + time_limit
+        self.received: int | None = None
+        self.received_at = 0.0
+
+    def __enter__(self) -> Self:
+        self.pipe = os.pipe()
+        os.set_blocking(self.pipe[1], False)
+        self.handlers = {number: signal.signal(number, self._handle) for number in SIGNALS[:2]}
+        self.wakeup = signal.set_wakeup_fd(self.pipe[1], warn_on_full_buffer=False)
+        threading.Thread(target=self._listen, name="stop-request", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.set_wakeup_fd(self.wakeup)
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        os.close(self.pipe[1])  # ends the thread, which closes the other end
+
+    def defer_interrupts(self) -> None:
+        """From now on SIGINT is a wish, too."""
+        self.handlers[signal.SIGINT] = signal.signal(signal.SIGINT, self._handle)
+
+    @property
+    def reason(self) -> int:
+        """The signal that was received, or TIME_LIMIT; 0 while there is no reason to stop."""
+        if self.received is None and self.ends is not None and time.monotonic() >= self.ends:
+            return TIME_LIMIT
+        return self.received or 0
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        if self.received is None:
+            self.received = number
+
+    def _listen(self) -> None:
+        with os.fdopen(self.pipe[0], "rb", buffering=0) as pipe:
+            while received := pipe.read(1):
+                number, now = received[0], time.monotonic()
+                if number not in self.handlers:
+                    continue
+                if not self.received_at:
+                    self.received_at = now
+                elif now - self.received_at > SAME:
+                    os._exit(exit_code(number))
+
+
+def reason_name(reason: int) -> str:
+    """For people: the signal's name, or "the time limit"."""
+    return "the time limit" if reason == TIME_LIMIT else signal.Signals(reason).name
+
+
+def exit_code(reason: int) -> int:
+    """That of a run which stopped for this reason, its state saved."""
+    return INTERRUPTED if reason == signal.SIGINT else PREEMPTED
