@@ -1,0 +1,183 @@
+#!/usr/bin/env python
+"""Kill a run again and again, at random moments, and see that it ends with the same bits as one left alone.
+
+    python tools/torture.py --kills 20 [--seed S] [--recipe digits-varcon] [--ranks 2] [key=value ...]
+
+The ranks are real processes of the real program, ended by SIGKILL: all at once or one of them, while they start, in the
+middle of a step, or while a checkpoint is being written; each time they are started again with --resume auto. Exit code
+0 only if parameters, optimizer, teacher, meters and every recorded metric of the end agree bit for bit.
+"""
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+import socket
+import sys
+import tempfile
+import time
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from tqdm import tqdm
+
+from varscale.engine.checkpoints import read_state
+from varscale.engine.rundir import checkpoint_folder, latest_checkpoint, read_metrics
+
+POLL = 0.005  # seconds
+PATIENCE = 600.0  # seconds without a step
+STARTING, STEPPING, SAVING = "while starting", "in a step", "while saving"
+UNEQUAL = {"time", "images_per_second"}  # of metrics: they tell of the clock
+SETTINGS = ("data.image_size=16", "data.workers=1", "logging.every_steps=1", "logging.trackers=[]")
+
+# Ranks are forked from a server that has imported what takes long; each still runs the program from its beginning.
+PRELOADED = ["torch", "deepspeed", "varscale.train", "varscale.engine.opening", "varscale.evaluation.online"]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns 0 where the ends agree, 1 where they do not."""
+    options = parse_arguments(arguments)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    rng = random.Random(options.seed)
+    with tempfile.TemporaryDirectory(prefix="torture-") as folder:
+        place = options.keep or Path(folder)
+        calm, tortured = (Run(place / name, options, context) for name in ("calm", "tortured"))
+        calm.start()
+        calm.wait_for_end()
+        steps = calm.steps()
+        print(f"undisturbed: {steps} steps in {calm.seconds:.0f} s", flush=True)
+        moments = sorted(rng.randrange(steps) for _ in range(options.kills))
+        for moment in tqdm(moments, unit="kill", mininterval=1):
+            tortured.start()
+            tqdm.write(f"killed {tortured.torture(rng, moment)}", file=sys.stderr)
+        tortured.start()
+        tortured.wait_for_end()
+        return compare(calm, tortured, options.kills)
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20, help="how often (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments (default: %(default)s)")
+    parser.add_argument("--recipe", default="digits-varcon", help="default: %(default)s")
+    parser.add_argument("--ranks", type=int, default=1, help="processes of a run (default: %(default)s)")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="leave both runs in this folder")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe, such as data.dir=data/digits")
+    return parser.parse_intermixed_args(arguments)
+
+
+class Run:
+    """One run in `place`: its ranks as processes, started as often as they end."""
+
+    def __init__(self, place: Path, options: argparse.Namespace, context: multiprocessing.context.BaseContext) -> None:
+        self.place, self.context, self.ranks = place, context, options.ranks
+        self.arguments = ["--config", options.recipe, *SETTINGS, *options.overrides, f"output_dir={place}"]
+        self.arguments += ["--resume", "auto"]
+        self.processes: list[BaseProcess] = []
+
+    def start(self) -> None:
+        """Start all ranks."""
+        self.started = time.monotonic()
+        port = free_port()
+        self.log = self.place.with_suffix(".log")
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        self.processes = [
+            self.context.Process(target=rank_main, args=(self.arguments, rank, self.ranks, port, self.log))
+            for rank in range(self.ranks)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def wait_for_end(self) -> None:
+        """Wait until all ranks have ended well; raises RuntimeError with the log's end where one did not."""
+        for process in self.processes:
+            process.join()
+        self.seconds = time.monotonic() - self.started
+        codes = [process.exitcode for process in self.processes]
+        if any(codes):
+            raise RuntimeError(f"{self.place.name} ended with codes {codes}:\n{self.log.read_text()[-3000:]}")
+
+    def torture(self, rng: random.Random, moment: int) -> str:
+        """Kill some ranks after about `moment` steps, and wait for the others' end; tells what was done."""
+        kind = rng.choice((STARTING, STEPPING, STEPPING, SAVING, SAVING))
+        if kind == STARTING:
+            time.sleep(rng.uniform(0.0, 5.0))
+        else:
+            self._wait_until(lambda: self.steps() >= moment)
+            if kind == SAVING:
+                self._wait_until(lambda: any(checkpoint_folder(self.place).glob(".writing-step-*")))
+                time.sleep(rng.uniform(0.0, 0.05))
+            else:
+                time.sleep(rng.uniform(0.0, 0.5))
+        victims = self.processes if rng.random() < 0.5 else [rng.choice(self.processes)]
+        for process in victims:
+            process.kill()
+        for process in self.processes:
+            process.join()
+        return f"{len(victims)} of {self.ranks} {kind}, after {self.steps()} steps"
+
+    def steps(self) -> int:
+        """How many steps were recorded."""
+        try:
+            return max((line["step"] for line in read_metrics(self.place / "metrics.jsonl")), default=0)
+        except ValueError:  # it is being written
+            return 0
+
+    def end(self) -> dict[str, str]:
+        """What the run came to: a digest for each file of tensors, for the metrics and for where it stands."""
+        checkpoint = latest_checkpoint(self.place)
+        found = {path.name: digest(path.read_bytes()) for path in sorted(checkpoint.glob("*.safetensors"))}
+        lines = read_metrics(self.place / "metrics.jsonl")
+        metrics = [{key: value for key, value in line.items() if key not in UNEQUAL} for line in lines]
+        state = read_state(checkpoint)["state"] | {"metrics_bytes": None}
+        return found | {
+            f"{len(lines)} metrics": digest(json.dumps(metrics).encode()),
+            "state": digest(json.dumps(state).encode()),
+        }
+
+    def _wait_until(self, condition) -> None:
+        """Wait for the condition, or for the run's end."""
+        begin = time.monotonic()
+        while not condition() and all(process.is_alive() for process in self.processes):
+            if time.monotonic() - begin > PATIENCE:
+                raise RuntimeError(f"{self.place.name} hangs:\n{self.log.read_text()[-3000:]}")
+            time.sleep(POLL)
+
+
+def rank_main(arguments: list[str], rank: int, ranks: int, port: int, log: Path) -> None:
+    """One rank: the program as a launcher starts it, what it says in a file."""
+    from varscale.train import main as train
+
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in names.items()}, MASTER_ADDR="127.0.0.1")
+    sys.argv = ["train.py", *arguments]
+    sys.exit(train(arguments))
+
+
+def compare(calm: Run, tortured: Run, kills: int) -> int:
+    ours, theirs = calm.end(), tortured.end()
+    print(f"\n{'':24}{'undisturbed':20}after {kills} kills")
+    for name in sorted(ours.keys() | theirs.keys()):
+        one, other = ours.get(name, "missing"), theirs.get(name, "missing")
+        print(f"{name:24}{one[:16]:20}{other[:16]:20}{'equal' if one == other else 'DIFFERENT'}")
+    return int(ours != theirs)
+
+
+def digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
