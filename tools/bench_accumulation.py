@@ -27,13 +27,13 @@ class Contender:
 
     def __init__(self, options: argparse.Namespace, micro_batches: int, centroids: str, ranks) -> None:
         from varscale.engine.learners import MicroBatch, build_learner
-        from varscale.train import open_engine
+        from varscale.engine.opening import open_engine
 
         overrides = [f"batch.gradient_accumulation_steps={micro_batches}", f"objective.centroids={centroids}"]
         config = load_config(options.config, ["compute.precision=float32", *options.overrides, *overrides])
         sizes = resolve_batch(config.batch, 1)
         self.learner = build_learner(config, options.classes, total_steps=1, device=ranks.device)
-        self.engine, _ = open_engine(config, resolve_deepspeed(config, sizes), self.learner, None)
+        self.engine = open_engine(config, resolve_deepspeed(config, sizes), self.learner)
         self.name, self.micro, self.images = centroids, micro_batches, sizes.global_batch_size
         shape = (config.data.views * sizes.micro_batch_size, 3, config.data.image_size, config.data.image_size)
         labels = torch.randint(options.classes, (micro_batches, sizes.micro_batch_size), device=ranks.device)

@@ -73,11 +73,12 @@ def show_policies(options: argparse.Namespace, size: int, ranks: Ranks) -> None:
 def show_share(config: Config, options: argparse.Namespace, ranks: Ranks) -> None:
     """One line: how much of a step augmentation takes."""
     from varscale.engine.learners import MicroBatch, build_learner
-    from varscale.train import open_engine, take_step
+    from varscale.engine.opening import open_engine
+    from varscale.train import take_step
 
     sizes, data = resolve_batch(config.batch, 1), config.data
     learner = build_learner(config, options.classes, total_steps=1, device=ranks.device)
-    engine, _ = open_engine(config, resolve_deepspeed(config, sizes), learner, None)
+    engine = open_engine(config, resolve_deepspeed(config, sizes), learner)
     augmentation = Augmentation(data.augmentation, data.views, data.image_size, MEAN, STD, seed=0).to(ranks.device)
     shape = (sizes.micro_batch_size, data.views, data.image_size, data.image_size, 3)
     images = torch.randint(0, 256, shape, dtype=torch.uint8, device=ranks.device)

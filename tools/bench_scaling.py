@@ -95,13 +95,14 @@ def count_step(config, classes, ranks, traffic) -> tuple[dict[str, int], dict[st
     """Of one optimizer step: bytes and calls by collective, the messages predicted, and seconds."""
     from varscale.engine.learners import MicroBatch, build_learner
     from varscale.engine.traffic import step_traffic
-    from varscale.train import open_engine, take_step
+    from varscale.engine.opening import open_engine
+    from varscale.train import take_step
 
     sizes = resolve_batch(config.batch, ranks.world_size)
     settings = resolve_deepspeed(config, sizes)
     learner = build_learner(config, classes, STEPS, ranks.device)
     predicted = step_traffic(config, sizes, settings, learner, classes)
-    engine, _ = open_engine(config, settings, learner, None)
+    engine = open_engine(config, settings, learner)
     views = tuple(
         torch.randn(count * sizes.micro_batch_size, 3, size, size, device=ranks.device)
         for size, count in config.data.views_by_size.items()

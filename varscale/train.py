@@ -26,6 +26,7 @@ from varscale.engine.launch import (
     report_user_error,
 )
 from varscale.engine.rundir import find_checkpoints
+from varscale.engine.state import TrainState
 from varscale.engine.stopping import INTERRUPTED, StopRequest, exit_code, reason_name
 from varscale.errors import UserError
 
@@ -34,8 +35,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from varscale.engine.distributed import Ranks
-    from varscale.engine.learners import Learner, MicroBatch
-    from varscale.engine.state import TrainState
+    from varscale.engine.learners import Learner, MicroBatch, Terms
 
 # What is imported above is light. torch, DeepSpeed and FFCV are imported inside functions, after every check that can
 # be made without them: a mistake in the configuration is answered at once.
@@ -135,13 +135,14 @@ def run_through(job: Job, origin: Origin, ranks: "Ranks", stop: StopRequest) -> 
         origin = Origin(find_checkpoints(job.config.output_dir) or origin.checkpoints)
 
 
-def run(job: Job, checkpoint: Path | None, position: "TrainState | None", ranks: "Ranks", stop: StopRequest) -> int:
+def run(job: Job, checkpoint: Path | None, position: TrainState | None, ranks: "Ranks", stop: StopRequest) -> int:
     """The training itself: epochs of steps, each step a few micro-batches.
 
     It begins with the tensors of `checkpoint`, or new ones, and stands where the checkpoint did unless `position` says
     otherwise. Returns 0 at the end, or the reason for which it was stopped, its state saved.
     """
     from varscale.data.sampling import epoch_order, rank_batches, steps_per_epoch
+    from varscale.engine import resume
     from varscale.engine.bad_steps import BadSteps
     from varscale.engine.determinism import seed_step
     from varscale.engine.distributed import greatest
@@ -149,7 +150,6 @@ def run(job: Job, checkpoint: Path | None, position: "TrainState | None", ranks:
     from varscale.engine.meter import Meter
     from varscale.engine.opening import open_engine, open_views
     from varscale.engine.pulse import Pulse
-    from varscale.engine.resume import collect
     from varscale.engine.saving import CheckpointWriter
     from varscale.engine.schedules import LearningRate
     from varscale.engine.telemetry import Telemetry
@@ -165,8 +165,11 @@ def run(job: Job, checkpoint: Path | None, position: "TrainState | None", ranks:
     learning_rate = LearningRate(base_lr=config.optimizer.lr, steps_per_epoch=steps, **config.schedule.model_dump())
     total_steps = learning_rate.total_steps
     learner, meter = build_learner(config, data.info.num_classes, total_steps, ranks.device), Meter()
-    engine, saved = open_engine(config, job.deepspeed, learner, meter, checkpoint, ranks)
-    state = position or saved
+    if checkpoint:
+        resume.restore_modules(checkpoint, learner)
+    engine = open_engine(config, job.deepspeed, learner)
+    state = resume.restore_progress(checkpoint, engine, meter, ranks) if checkpoint else TrainState()
+    state = position or state
     loader, augment = open_views(config, data.info, ranks)
     telemetry = Telemetry(config, job.deepspeed, data.info.digest, total_steps, state, meter, ranks)
     bad_steps = BadSteps(config.safety, config.output_dir, learner.network, telemetry.warn)
@@ -178,7 +181,7 @@ def run(job: Job, checkpoint: Path | None, position: "TrainState | None", ranks:
 
     def save() -> None:
         telemetry.sync()
-        writer.write(state.step, collect(engine, learner, meter), state.to_dict())
+        writer.write(state.step, resume.collect(engine, learner, meter), state.to_dict())
 
     with telemetry, writer, watchdog:
         stop.defer_interrupts()
@@ -226,8 +229,8 @@ def take_step(
     engine: "DeepSpeedEngine",
     learner: "Learner",
     micro_batches: "Sequence[MicroBatch]",
-    mark: "Callable[[Tensor, dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]",
-) -> "tuple[list[dict[str, Tensor]], float]":
+    mark: "Callable[[Tensor, Terms], tuple[Tensor, Terms]]" = lambda loss, terms: (loss, terms),
+) -> "tuple[list[Terms], float]":
     """One optimizer step over all micro-batches: the terms of each, as `mark` returns them, and the gradient's norm."""
     from varscale.engine.zero import step_with_gradient_norm
 

@@ -26,16 +26,22 @@ def work(folder: Path, zero: str) -> None:
     from varscale.engine.schedules import teacher_momentum
     from varscale.engine.zero import whole_state_dict
     from varscale.models.teacher import MomentumTeacher
-    from varscale.train import open_engine, take_step
+    from varscale.engine.opening import open_engine
+    from varscale.train import take_step
 
     ranks = distributed.join()
     config = load_config("digits-vssl", [*OVERRIDES, f"deepspeed.config={zero}"])
     learner = build_learner(config, 10, STEPS, ranks.device)
     student, plain = deepcopy(learner.network), MomentumTeacher(learner.network)
     start = deepcopy(plain.state_dict())
-    engine, _ = open_engine(
-        config, resolve_deepspeed(config, resolve_batch(config.batch, ranks.world_size)), learner, None
-    )
+    sizes = resolve_batch(config.batch, ranks.world_size)
+    engine = open_engine(config, resolve_deepspeed(config, sizes), learner)
+
+    def whole(module):
+        found = [whole_state_dict(module)]  # on rank 0 alone
+        torch.distributed.broadcast_object_list(found)
+        return found[0]
+
     generator, held = torch.Generator().manual_seed(0), []
     for step in range(1, STEPS + 1):
         views = torch.randn(2, IMAGES, 3, SIZE, SIZE, generator=generator)
@@ -43,7 +49,7 @@ def work(folder: Path, zero: str) -> None:
         take_step(engine, learner, [MicroBatch((mine,), *torch.zeros(2, len(mine) // 2, dtype=torch.int64))])
         learner.after_step(step)
         held.append(bytes_held(learner.teacher))
-        student.load_state_dict(whole_state_dict(engine.module))
+        student.load_state_dict(whole(engine.module))
         o = config.objective
         momentum = teacher_momentum(step, STEPS, base=o.teacher_momentum, final=o.teacher_momentum_final)
         plain.update(student, momentum)
@@ -52,7 +58,7 @@ def work(folder: Path, zero: str) -> None:
         "start": start,
         "output": list(learner.teacher(mine)),
         "expected_output": list(plain(mine)),
-        "state": whole_state_dict(learner.teacher),
+        "state": whole(learner.teacher),
         "expected_state": plain.state_dict(),
     }
     torch.save(found, folder / f"{ranks.rank}.pt")

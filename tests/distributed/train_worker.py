@@ -12,7 +12,8 @@ import torch
 
 from varscale.config import load_config, resolve_batch, resolve_deepspeed
 from varscale.engine import distributed
-from varscale.engine.launch import check_training_data
+from varscale.engine.launch import Job, check_training_data
+from varscale.engine.stopping import StopRequest
 from varscale.train import run
 
 
@@ -21,8 +22,8 @@ def main(folder: Path) -> None:
     for name, (recipe, overrides, start) in json.loads((folder / "runs.json").read_text()).items():
         config = load_config(recipe, [*overrides, f"output_dir={folder / name}"])
         sizes = resolve_batch(config.batch, ranks.world_size)
-        data = check_training_data(config, sizes)
-        run(config, sizes, resolve_deepspeed(config, sizes), data, Path(start) if start else None, ranks)
+        job = Job(config, sizes, resolve_deepspeed(config, sizes), check_training_data(config, sizes))
+        run(job, Path(start) if start else None, None, ranks, StopRequest())
     torch.save(None, folder / f"{ranks.rank}.pt")
     distributed.leave()
 

@@ -1,7 +1,6 @@
-"""What a run is made of, from its configuration: the network under DeepSpeed, new or as it was left, and its views."""
+"""What a run is made of, from its configuration: the network under DeepSpeed, and the views of its images."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from deepspeed import DeepSpeedEngine
@@ -11,21 +10,14 @@ from varscale.data.augment import Augmentation
 from varscale.data.dataset import DatasetInfo
 from varscale.data.geometry import CropSpec
 from varscale.data.loader import Batch, ViewLoader
-from varscale.engine import resume
 from varscale.engine.distributed import Ranks
 from varscale.engine.learners import Learner, MicroBatch
-from varscale.engine.meter import Meter
 from varscale.engine.optimizers import build_optimizer
-from varscale.engine.state import TrainState
 from varscale.engine.zero import build_engine, partition_companion, partition_group
 
 
-def open_engine(
-    config: Config, deepspeed: dict, learner: Learner, meter: Meter, checkpoint: Path | None, ranks: Ranks
-) -> tuple[DeepSpeedEngine, TrainState]:
-    """The learner's network under DeepSpeed; it, the meter and the state new or as the checkpoint left them."""
-    if checkpoint:
-        resume.restore_modules(checkpoint, learner)
+def open_engine(config: Config, deepspeed: dict, learner: Learner) -> DeepSpeedEngine:
+    """The learner's network under DeepSpeed, with its optimizer; what stands beside the network partitioned like it."""
     optimizer = build_optimizer(
         learner.network.named_parameters(),
         partition_group=partition_group(deepspeed),
@@ -34,8 +26,7 @@ def open_engine(
     engine = build_engine(learner.network, optimizer, deepspeed)
     for companion in learner.companions().values():
         partition_companion(companion, deepspeed)
-    state = resume.restore_progress(checkpoint, engine, meter, ranks) if checkpoint else TrainState()
-    return engine, state
+    return engine
 
 
 def open_views(

@@ -26,6 +26,7 @@ class StopRequest:
 
     def __init__(self, time_limit: float | None = None) -> None:
         self.ends = None if time_limit is None else time.monotonic() + time_limit
+        self.handlers: dict[int, object] = {}
         self.received: int | None = None
         self.received_at = 0.0
 
@@ -44,7 +45,9 @@ class StopRequest:
         os.close(self.pipe[1])  # ends the thread, which closes the other end
 
     def defer_interrupts(self) -> None:
-        """From now on SIGINT is a wish, too."""
+        """From now on SIGINT is a wish, too, if signals are listened to at all."""
+        if not self.handlers:
+            return
         self.handlers[signal.SIGINT] = signal.signal(signal.SIGINT, self._handle)
 
     @property

@@ -1,0 +1,77 @@
+"""Signals and a time limit leave a wish; a second signal, or one that comes too early to be granted, ends at once."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+
+from varscale.engine.stopping import SAME, TIME_LIMIT, StopRequest, exit_code, reason_name
+
+
+def start(body: str) -> subprocess.Popen:
+    """A process that says "ready" under a StopRequest and then does `body`."""
+    code = """
+        import sys, time, signal
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where it was started in the background
+        from varscale.engine.stopping import StopRequest
+        with StopRequest() as stop:
+            print("ready", flush=True)
+    """
+    code = textwrap.dedent(code) + textwrap.indent(textwrap.dedent(body), " " * 4)
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGUSR2, 75), (signal.SIGTERM, 75)])
+def test_the_first_signal_is_a_wish_and_a_second_ends_at_once(number, code):
+    process = start("""
+        while not stop.reason:
+            time.sleep(0.01)
+        print(stop.reason, flush=True)
+        import ctypes
+        ctypes.CDLL(None).sleep(60)  # as in a collective: no handler of Python's runs meanwhile
+        ctypes.CDLL(None).sleep(60)
+    """)
+    process.send_signal(number)
+    assert int(process.stdout.readline()) == number
+    process.send_signal(number)  # the launcher's, of the same event
+    time.sleep(SAME + 0.5)
+    assert process.poll() is None
+    process.send_signal(number)
+    assert process.wait(5) == code
+
+
+def test_ctrl_c_interrupts_at_once_until_it_is_deferred():
+    process = start("time.sleep(60)")
+    process.send_signal(signal.SIGINT)
+    assert process.wait(5) not in (0, None)
+    process = start("""
+        stop.defer_interrupts()
+        print("deferred", flush=True)
+        while not stop.reason:
+            time.sleep(0.01)
+        sys.exit(stop.reason)
+    """)
+    assert process.stdout.readline() == "deferred\n"
+    process.send_signal(signal.SIGINT)
+    assert process.wait(5) == signal.SIGINT
+
+
+def test_the_time_limit_is_a_reason_and_handlers_are_put_back():
+    before = [signal.getsignal(number) for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)]
+    with StopRequest(0.2) as stop:
+        stop.defer_interrupts()
+        assert stop.reason == 0
+        time.sleep(0.3)
+        assert stop.reason == TIME_LIMIT
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.05)
+        assert stop.reason == signal.SIGTERM
+    assert [signal.getsignal(number) for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)] == before
+    assert (reason_name(TIME_LIMIT), reason_name(signal.SIGUSR2)) == ("the time limit", "SIGUSR2")
+    assert [exit_code(reason) for reason in (signal.SIGINT, signal.SIGTERM, TIME_LIMIT)] == [130, 75, 75]
