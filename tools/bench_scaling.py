@@ -94,8 +94,8 @@ def count_cases(folder: Path) -> None:
 def count_step(config, classes, ranks, traffic) -> tuple[dict[str, int], dict[str, int], list[dict], float]:
     """Of one optimizer step: bytes and calls by collective, the messages predicted, and seconds."""
     from varscale.engine.learners import MicroBatch, build_learner
-    from varscale.engine.traffic import step_traffic
     from varscale.engine.opening import open_engine
+    from varscale.engine.traffic import step_traffic
     from varscale.train import take_step
 
     sizes = resolve_batch(config.batch, ranks.world_size)

@@ -18,6 +18,7 @@ import socket
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -33,18 +34,20 @@ UNEQUAL = {"time", "images_per_second"}  # of metrics: they tell of the clock
 SETTINGS = ("data.image_size=16", "data.workers=1", "logging.every_steps=1", "logging.trackers=[]")
 
 # Ranks are forked from a server that has imported what takes long; each still runs the program from its beginning.
-PRELOADED = ["torch", "deepspeed", "varscale.train", "varscale.engine.opening", "varscale.evaluation.online"]
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(
+    ["torch", "deepspeed", "varscale.train", "varscale.engine.opening", "varscale.evaluation.online"]
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns 0 where the ends agree, 1 where they do not."""
     options = parse_arguments(arguments)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
     rng = random.Random(options.seed)
     with tempfile.TemporaryDirectory(prefix="torture-") as folder:
         place = options.keep or Path(folder)
-        calm, tortured = (Run(place / name, options, context) for name in ("calm", "tortured"))
+        names = ("undisturbed", "tortured")
+        calm, tortured = (Run(place / name, options.recipe, options.overrides, options.ranks) for name in names)
         calm.start()
         calm.wait_for_end()
         steps = calm.steps()
@@ -72,33 +75,36 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 class Run:
     """One run in `place`: its ranks as processes, started as often as they end."""
 
-    def __init__(self, place: Path, options: argparse.Namespace, context: multiprocessing.context.BaseContext) -> None:
-        self.place, self.context, self.ranks = place, context, options.ranks
-        self.arguments = ["--config", options.recipe, *SETTINGS, *options.overrides, f"output_dir={place}"]
-        self.arguments += ["--resume", "auto"]
+    def __init__(self, place: Path, recipe: str, overrides: Sequence[str], ranks: int = 1) -> None:
+        self.place, self.ranks = place, ranks
+        self.arguments = ["--config", recipe, *SETTINGS, *overrides, f"output_dir={place}", "--resume", "auto"]
         self.processes: list[BaseProcess] = []
 
-    def start(self) -> None:
-        """Start all ranks."""
+    def start(self, target: Callable[..., None] | None = None) -> None:
+        """Start all ranks, each with `rank_main` or what replaces it."""
         self.started = time.monotonic()
         port = free_port()
         self.log = self.place.with_suffix(".log")
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self.processes = [
-            self.context.Process(target=rank_main, args=(self.arguments, rank, self.ranks, port, self.log))
+            CONTEXT.Process(target=target or rank_main, args=(self.arguments, rank, self.ranks, port, self.log))
             for rank in range(self.ranks)
         ]
         for process in self.processes:
             process.start()
 
-    def wait_for_end(self) -> None:
-        """Wait until all ranks have ended well; raises RuntimeError with the log's end where one did not."""
+    def wait_for_end(self, code: int = 0) -> None:
+        """Wait until all ranks have ended with this exit code; raises RuntimeError with the log's end otherwise."""
         for process in self.processes:
             process.join()
         self.seconds = time.monotonic() - self.started
         codes = [process.exitcode for process in self.processes]
-        if any(codes):
+        if codes != [code] * self.ranks:
             raise RuntimeError(f"{self.place.name} ended with codes {codes}:\n{self.log.read_text()[-3000:]}")
+
+    def wait_for_step(self, step: int) -> None:
+        """Wait until so many steps are recorded, or the run ends."""
+        self._wait_until(lambda: self.steps() >= step)
 
     def torture(self, rng: random.Random, moment: int) -> str:
         """Kill some ranks after about `moment` steps, and wait for the others' end; tells what was done."""
@@ -106,7 +112,7 @@ class Run:
         if kind == STARTING:
             time.sleep(rng.uniform(0.0, 5.0))
         else:
-            self._wait_until(lambda: self.steps() >= moment)
+            self.wait_for_step(moment)
             if kind == SAVING:
                 self._wait_until(lambda: any(checkpoint_folder(self.place).glob(".writing-step-*")))
                 time.sleep(rng.uniform(0.0, 0.05))
@@ -138,7 +144,7 @@ class Run:
             "state": digest(json.dumps(state).encode()),
         }
 
-    def _wait_until(self, condition) -> None:
+    def _wait_until(self, condition: Callable[[], bool]) -> None:
         """Wait for the condition, or for the run's end."""
         begin = time.monotonic()
         while not condition() and all(process.is_alive() for process in self.processes):

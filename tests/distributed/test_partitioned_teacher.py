@@ -23,10 +23,10 @@ def work(folder: Path, zero: str) -> None:
     from varscale.config import load_config, resolve_batch, resolve_deepspeed
     from varscale.engine import distributed
     from varscale.engine.learners import MicroBatch, build_learner
+    from varscale.engine.opening import open_engine
     from varscale.engine.schedules import teacher_momentum
     from varscale.engine.zero import whole_state_dict
     from varscale.models.teacher import MomentumTeacher
-    from varscale.engine.opening import open_engine
     from varscale.train import take_step
 
     ranks = distributed.join()

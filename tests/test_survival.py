@@ -1,0 +1,153 @@
+"""Runs that are killed, told to stop, stalled or fed bad steps go on, and end with the bits of a run left alone."""
+
+import json
+import os
+import signal
+import time
+from functools import partial
+
+import bad_steps
+import pytest
+import torch
+from safetensors.torch import load_file
+from torture import Run, compare
+from torture import main as torture
+
+VIT = ["encoder.name=vit_ti", "encoder.stem=null", "encoder.patch_size=8"]
+SMALL = ["batch.global_batch_size=32", "schedule.epochs=2", "compute.precision=float32", "checkpoint.every_steps=3"]
+STEPS = 20  # 2 epochs of 10
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread_a_rank():
+    """Before the server of processes starts, which keeps this environment."""
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    yield
+    if before is None:
+        del os.environ["OMP_NUM_THREADS"]
+    else:
+        os.environ["OMP_NUM_THREADS"] = before
+
+
+@pytest.fixture(scope="module")
+def new_run(digits, tmp_path_factory):
+    """A function: a run of a digits recipe that has not been started, by name."""
+    folder = tmp_path_factory.mktemp("survival")
+
+    def make(name, *overrides, recipe="digits-varcon", ranks=2):
+        return Run(folder / name, recipe, [f"data.dir={digits}", *SMALL, *overrides], ranks)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def undisturbed(new_run):
+    run = new_run("undisturbed", *VIT)
+    run.start()
+    run.wait_for_end()
+    return run
+
+
+def checkpoint(run, step=STEPS):
+    return run.place / "checkpoints" / f"step-{step:08d}"
+
+
+def state(run, step=STEPS):
+    return json.loads((checkpoint(run, step) / "state.json").read_text())["state"]
+
+
+def assert_same_tensors(first, second):
+    for path in first.glob("*.safetensors"):
+        ours, theirs = load_file(path), load_file(second / path.name)
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            assert torch.equal(ours[name], theirs[name]), f"{path.name}: {name}"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "zero", "ranks"), [("digits-varcon", 0, 1), ("digits-vssl", 2, 2), ("digits-varcon", 3, 2)]
+)
+def test_torture(digits, recipe, zero, ranks):
+    """ResNets: batch norm's statistics, too, must come back."""
+    overrides = [f"data.dir={digits}", *SMALL, f"deepspeed.config=zero{zero}", "logging.every_steps=1"]
+    assert torture(["--recipe", recipe, "--ranks", str(ranks), "--kills", "3", "--seed", str(zero), *overrides]) == 0
+
+
+def test_signals_stop_all_ranks_after_the_same_step_with_a_checkpoint(new_run, undisturbed):
+    run = new_run("signalled", *VIT)
+    for moment, victim, number, code in (
+        (4, 1, signal.SIGUSR2, 75),
+        (9, 0, signal.SIGTERM, 75),
+        (14, 0, signal.SIGINT, 130),
+    ):
+        run.start()
+        run.wait_for_step(moment)
+        for _ in range(2):  # as from Slurm and a launcher at once
+            os.kill(run.processes[victim].pid, number)
+        run.wait_for_end(code)
+        assert f"stopped by {number.name}; the same command with --resume auto goes on" in run.log.read_text()
+        assert moment <= state(run, run.steps())["step"] < moment + 3
+    run.start()
+    run.wait_for_end()
+    assert compare(undisturbed, run, 3) == 0
+
+
+def test_the_time_limit_stops_a_run(new_run):
+    run = new_run("limited", *VIT, "safety.time_limit_minutes=0.0001", ranks=1)
+    run.start()
+    run.wait_for_end(75)
+    assert run.steps() == 1
+    assert state(run, 1)["step"] == 1
+    assert "stopped by the time limit" in run.log.read_text()
+
+
+def test_a_rank_that_stands_still_ends_the_others_with_their_stacks(new_run):
+    run = new_run("stalled", *VIT, "safety.watchdog_seconds=6")
+    run.start()
+    run.wait_for_step(3)
+    stopped = run.processes[1]
+    os.kill(stopped.pid, signal.SIGSTOP)
+    begin = time.monotonic()
+    try:
+        run.processes[0].join(60)
+        assert run.processes[0].exitcode == 75
+        assert time.monotonic() - begin < 60
+    finally:
+        stopped.kill()
+    said = run.log.read_text()
+    assert "watchdog: rank 0 of 2 on " in said
+    assert "has done nothing for 6 s" in said
+    assert f"its last step was {run.steps()}" in said
+    assert "in take_step" in said or "in greatest" in said, "the stack shows where it waited"
+
+
+@pytest.mark.parametrize("zero", [0, 2, 3])
+def test_bad_steps_are_skipped_or_rewound_from(new_run, zero):
+    """To rewind from step 6 to the checkpoint of step 4 is to pass over 5 and 6."""
+    common = [f"deepspeed.config=zero{zero}", "checkpoint.every_steps=2", "checkpoint.keep=20", "schedule.epochs=1"]
+    common += ["schedule.warmup_epochs=0"]
+    skipped = new_run(f"skipped-{zero}", *common, "safety.bad_step=skip")
+    skipped.start(partial(bad_steps.rank_main, bad=(5, 6)))
+    skipped.wait_for_end()
+    assert_same_tensors(checkpoint(skipped, 4), checkpoint(skipped, 6))  # batch norm's statistics included
+    assert (state(skipped, 10)["bad_steps"], state(skipped, 10)["samples_seen"]) == (2, 320)
+    assert "step 6: kl, loss not finite" in skipped.log.read_text()
+
+    rewound = new_run(f"rewound-{zero}", *common, "safety.bad_step=rewind")
+    rewound.start(partial(bad_steps.rank_main, bad=(6,)))
+    rewound.wait_for_end()
+    assert state(rewound, 10)["bad_steps"] == 1
+    for path in checkpoint(skipped, 10).glob("*.safetensors"):
+        if path.stem != "meter":
+            assert path.read_bytes() == (checkpoint(rewound, 10) / path.name).read_bytes(), path.name
+
+
+def test_too_many_bad_steps_stop_the_run(new_run):
+    run = new_run("hopeless", *VIT, "safety.bad_step=skip", "safety.max_bad_steps=2", "safety.loss_limit=1e-3", ranks=1)
+    run.start()
+    run.wait_for_end(3)
+    said = run.log.read_text()
+    assert "the loss above safety.loss_limit" in said
+    assert "it is one more than safety.max_bad_steps (2)" in said
+    assert run.steps() == 0
