@@ -76,22 +76,16 @@ def main() -> None:
         size = sum(path.stat().st_size for path in Path(folder).rglob("*.safetensors")) / 2
 
     step = statistics.median(times[WITHOUT]) / options.steps
-    print(
-        f"torch {torch.__version__}, {ranks.device_name}, {torch.get_num_threads()} threads, {config.compute.precision}"
-    )
-    print(
-        f"{options.config} {' '.join(options.overrides)}: {step:.2f} s a step; {size / 1e6:.0f} MB a checkpoint, written"
-    )
-    print(f"in {statistics.median(writing):.2f} s; training held up for {1e3 * statistics.median(held_up):.0f} ms\n")
-    print(
-        f"| checkpoint | seconds for {options.steps} steps | min - max | cost, share of {EVERY} steps |\n|---|---|---|---|"
-    )
+    print(f"torch {torch.__version__}, {ranks.device_name}, {torch.get_num_threads()} threads")
+    print(f"{options.config} {' '.join(options.overrides)}: {step:.2f} s a step, {config.compute.precision}")
+    print(f"{size / 1e6:.0f} MB a checkpoint, written in {statistics.median(writing):.2f} s;")
+    print(f"training held up for {1e3 * statistics.median(held_up):.0f} ms\n")
+    heads = ["checkpoint", f"seconds for {options.steps} steps", "min - max", f"cost, share of {EVERY} steps"]
+    print("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
     for kind, seconds in times.items():
         cost = statistics.median(a - b for a, b in zip(seconds, times[WITHOUT], strict=True)) / (EVERY * step)
-        print(
-            f"| {kind} | {statistics.median(seconds):.2f} | {min(seconds):.2f} - {max(seconds):.2f} "
-            f"| {'-' if kind == WITHOUT else f'{cost:.2%}'} |"
-        )
+        shown = "-" if kind == WITHOUT else f"{cost:.2%}"
+        print(f"| {kind} | {statistics.median(seconds):.2f} | {min(seconds):.2f} - {max(seconds):.2f} | {shown} |")
     distributed.leave()
 
 
