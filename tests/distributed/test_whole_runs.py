@@ -172,6 +172,22 @@ def test_the_zero_stage_changes_nothing_but_rounding(runs, kind, zero):
     runs.check(kind, 2, f"deepspeed.config={zero}")
 
 
+@pytest.mark.parametrize(
+    ("kind", "before", "world_size", "zero"),
+    [
+        ("vssl-resnet", ["deepspeed.config=zero3"], 1, "zero0"),
+        ("varcon-vit", [], 4, "zero2"),
+        pytest.param("vssl-resnet", ["deepspeed.config=zero3"], 4, "zero1", marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_that_goes_on_on_other_ranks_ends_the_same_but_for_rounding(runs, kind, before, world_size, zero):
+    """Two ranks take steps 11 to 20, others steps 21 to 30; the order of the data goes on where it was."""
+    middle = checkpoint(runs.continued(kind, 2, *before), 2 * START)
+    moved = runs.run(kind, world_size, f"deepspeed.config={zero}", start=middle)
+    assert [line["step"] for line in metrics(moved)] == list(range(2 * START + 1, START + STEPS + 1))
+    assert distance(parameters(moved), parameters(runs.reference(kind))) < runs.bound(kind)
+
+
 @pytest.mark.parametrize("micro_batches", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_micro_batches_change_nothing_but_rounding_without_batch_norm(runs, micro_batches):
     overrides = [f"batch.gradient_accumulation_steps={micro_batches}", "deepspeed.config=zero2"]
