@@ -144,7 +144,7 @@ def run(job: Job, checkpoint: Path | None, position: TrainState | None, ranks: "
     from varscale.data.sampling import epoch_order, rank_batches, steps_per_epoch
     from varscale.engine import resume
     from varscale.engine.bad_steps import BadSteps
-    from varscale.engine.determinism import seed_step
+    from varscale.engine.determinism import seed_step, use_deterministic_kernels
     from varscale.engine.distributed import greatest
     from varscale.engine.learners import build_learner
     from varscale.engine.meter import Meter
@@ -159,6 +159,7 @@ def run(job: Job, checkpoint: Path | None, position: TrainState | None, ranks: "
     from varscale.evaluation.online import OnlineKNN
 
     config, sizes, data = job.config, job.sizes, job.data
+    use_deterministic_kernels(config.compute.deterministic)
     watchdog = Watchdog(config.safety.watchdog_seconds, ranks)
     images = data.train.num_samples
     steps = steps_per_epoch(images, sizes.global_batch_size)

@@ -199,6 +199,7 @@ class ComputeConfig(Section):
 
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     channels_last: bool = True
+    deterministic: bool = False  # on GPUs: add in a fixed order, slower; else a rerun agrees to rounding
 
 
 class DeepSpeedConfig(Section):

@@ -11,8 +11,8 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0]))
 
 
-def use_deterministic_kernels() -> None:
-    """Have CUDA add in a fixed order; raises RuntimeError later, where a kernel has no such form. Slower."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.backends.cudnn.benchmark = False
-    torch.use_deterministic_algorithms(True)
+def use_deterministic_kernels(wanted: bool) -> None:
+    """Have CUDA add in a fixed order, slower; a kernel without such a form raises RuntimeError when it is called."""
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as cuBLAS asks for
+    torch.use_deterministic_algorithms(wanted)

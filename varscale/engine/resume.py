@@ -42,6 +42,8 @@ def choose(candidates: Sequence[Path], ranks: Ranks, *, fall_back: bool) -> Path
     checkpoint, error = found[0]
     if error:
         raise UserError(error)
+    if checkpoint and ranks.is_first:
+        print(f"going on from {checkpoint}", flush=True)
     return checkpoint
 
 
