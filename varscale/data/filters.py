@@ -1,4 +1,4 @@
-"""The weights of antialiased bilinear and bicubic resampling in 16-bit fixed point, laid out for its two passes.
+"""The weights of antialiased bilinear and bicubic resampling in 16-bit fixed point, as `weighted_sum` takes them.
 
 Plain loops over lines, the taps outside: these the compiler turns into vector code.
 """
@@ -8,16 +8,15 @@ from math import ceil
 import numpy as np
 
 from varscale.data.compiled import compiled
-from varscale.data.weighted import PIXELS
 
 
 @compiled
-def row_weights(lines, count, bicubic):
-    """Weights of `count` output rows, for lines = (start, length, resized, first) as `resample` takes them.
+def axis_weights(lines, count, mirrored, bicubic):
+    """Weights of `count` output lines, for lines = (start, length, resized, first) as `resample` takes them.
 
-    Returns the first input row of each output row, from int(start) on, (count,); how many input rows each takes; their
-    weights, (count, an even number) int16, the last of which may be one too many and 0; the weights' number of
-    fractional bits.
+    Returns the first input line of each output line, from int(start) on, (count,); how many input lines each takes;
+    their weights, (count, an even number) int16, the last of which may be one too many and 0; the weights' number of
+    fractional bits. mirrored: the output begins with its last line.
     """
     starts, weights, bits = _weights(lines, count, bicubic)
     taps = weights.shape[0]
@@ -25,31 +24,9 @@ def row_weights(lines, count, bicubic):
     for line in range(count):
         for tap in range(taps):
             table[line, tap] = weights[tap, line]
+    if mirrored:
+        return starts[::-1].copy(), taps, table[::-1].copy(), bits
     return starts, taps, table, bits
-
-
-@compiled
-def column_weights(lines, count, flip, bicubic):
-    """As row_weights, for columns, in the groups of PIXELS columns that `weighted_pixels` takes.
-
-    Returns the first input byte of each output column, (groups, PIXELS) int64; the number of taps, 2 or a multiple of
-    4; the weights, (groups, taps / 2, PIXELS, 4, 2) int16; their fractional bits. What fills up the last group has no
-    weight. flip: the output is mirrored.
-    """
-    starts, weights, bits = _weights(lines, count, bicubic)
-    taps = weights.shape[0]
-    even_taps = 2 if taps <= 2 else (taps + 3) // 4 * 4
-    groups = -(-count // PIXELS)
-    places = np.zeros((groups, PIXELS), np.int64)
-    table = np.zeros((groups, even_taps // 2, PIXELS, 4, 2), np.int16)
-    for column in range(count):
-        group, pixel = column // PIXELS, column % PIXELS
-        line = count - 1 - column if flip else column
-        places[group, pixel] = 3 * starts[line]
-        for tap in range(taps):
-            for channel in range(4):
-                table[group, tap // 2, pixel, channel, tap % 2] = weights[tap, line]
-    return places, even_taps, table, bits
 
 
 @compiled

@@ -11,10 +11,8 @@ from math import ceil
 import numpy as np
 
 from varscale.data.compiled import compiled
-from varscale.data.filters import column_weights, row_weights
-from varscale.data.weighted import LANES, PIXEL_BYTES, PIXELS, weighted_pixels_of, weighted_rows
-
-_weighted_pixels_by_2, _weighted_pixels_by_4 = weighted_pixels_of(2), weighted_pixels_of(4)
+from varscale.data.filters import axis_weights
+from varscale.data.weighted import BLOCK, LANES, transpose, weighted_sum
 
 
 @compiled
@@ -33,10 +31,10 @@ def resample(source, rows, columns, flip, bicubic, destination):
     left, right = int(columns[0]), ceil(columns[0] + columns[1])
     box = source.reshape(source.shape[0], 3 * source.shape[1])[top:bottom, 3 * left : 3 * right]
     output = destination.reshape(destination.shape[0], 3 * destination.shape[1])
-    by_row = row_weights(rows, output.shape[0], bicubic)
-    by_column = column_weights(columns, output.shape[1] // 3, flip, bicubic)
+    by_row = axis_weights(rows, output.shape[0], False, bicubic)
+    by_column = axis_weights(columns, output.shape[1] // 3, flip, bicubic)
     # The cubic filter overshoots and the 8 bits in between clip it, so that the order of the passes shows: columns
-    # first, as torch does. The triangle never clips: rows first leaves less to the slower pass, over pixels.
+    # first, as torch does. The triangle never clips: rows first leaves less to the slower pass, along the rows.
     if bicubic:
         _columns_first(box, by_row, by_column, output)
     else:
@@ -45,29 +43,42 @@ def resample(source, rows, columns, flip, bicubic, destination):
 
 @compiled
 def _rows_first(box, by_row, by_column, output):
+    strip, narrow = _strips(box, output)
     if box.shape[1] < LANES:
         box = _widened(box)
-    line = np.empty(box.shape[1] + PIXEL_BYTES, np.uint8)
-    narrow = np.empty(_narrow_bytes(by_column), np.uint8)
-    for row in range(output.shape[0]):
-        _vertical(box, by_row, row, line)
-        _horizontal(line, by_column, narrow)
-        _copy(narrow, output[row], output.shape[1])
+    for start in range(0, output.shape[0], LANES):
+        stop = min(start + LANES, output.shape[0])
+        for row in range(start, stop):
+            _vertical(box, by_row, row, strip[row - start])
+        _horizontal(strip, by_column, narrow)
+        for row in range(start, stop):
+            _copy(narrow[row - start], output[row], output.shape[1])
 
 
 @compiled
 def _columns_first(box, by_row, by_column, output):
     starts, taps = by_row[0], by_row[1]
     above, below = starts[0], starts[-1] + taps
-    line = np.empty(box.shape[1] + PIXEL_BYTES, np.uint8)
-    narrowed = np.empty((below, _narrow_bytes(by_column)), np.uint8)
-    for row in range(above, below):
-        _copy(box[row], line, box.shape[1])
-        _horizontal(line, by_column, narrowed[row])
-    line = np.empty(narrowed.shape[1], np.uint8)
+    strip, narrow = _strips(box, output)
+    narrowed = np.empty((below, narrow.shape[1]), np.uint8)
+    for start in range(above, below, LANES):
+        stop = min(start + LANES, below)
+        for row in range(start, stop):
+            _copy(box[row], strip[row - start], box.shape[1])
+        _horizontal(strip, by_column, narrow)
+        for row in range(start, stop):
+            _copy(narrow[row - start], narrowed[row], output.shape[1])
     for row in range(output.shape[0]):
-        _vertical(narrowed[:, :], by_row, row, line)
-        _copy(line, output[row], output.shape[1])
+        _vertical(narrowed[:, :], by_row, row, narrow[0])
+        _copy(narrow[0], output[row], output.shape[1])
+
+
+@compiled
+def _strips(box, output):
+    """Memory for LANES rows of the box and the output; what is read and written behind their ends is not used."""
+    width = (max(box.shape[1], LANES) + BLOCK - 1) // BLOCK * BLOCK
+    narrow_width = (output.shape[1] + 3 * LANES - 1) // (3 * LANES) * 3 * LANES
+    return np.empty((LANES, width), np.uint8), np.empty((LANES, narrow_width), np.uint8)
 
 
 @compiled
@@ -80,12 +91,6 @@ def _widened(box):
 
 
 @compiled
-def _narrow_bytes(by_column):
-    """Room for a row of the output, as `_horizontal` writes and `_vertical` reads it."""
-    return max(3 * PIXELS * by_column[0].shape[0] + PIXEL_BYTES, LANES)
-
-
-@compiled
 def _vertical(box, by_row, row, line):
     """One output row over all columns of `box`, of which there are at least LANES."""
     starts, taps, table, bits = by_row
@@ -93,25 +98,32 @@ def _vertical(box, by_row, row, line):
     source, to = _address(box) + starts[row] * step, _address(line)
     weights = _address(table) + row * table.strides[0]
     for column in range(0, width - LANES, LANES):
-        weighted_rows(source + column, step, weights, taps, bits, to + column)
+        weighted_sum(source + column, step, weights, taps, bits, to + column)
     # The rest, together with some that are done.
-    weighted_rows(source + width - LANES, step, weights, taps, bits, to + width - LANES)
+    weighted_sum(source + width - LANES, step, weights, taps, bits, to + width - LANES)
 
 
 @compiled
-def _horizontal(line, by_column, narrow):
-    """One output row from `line`. Behind the pixels of both there is room for PIXEL_BYTES."""
+def _horizontal(strip, by_column, narrow):
+    """LANES rows at once, which lie next to each other once the strip is transposed."""
     starts, taps, table, bits = by_column
-    source, to = _address(line), _address(narrow)
-    starts_at, weights = _address(starts), _address(table)
-    for _ in range(starts.shape[0]):
-        if taps == 2:
-            _weighted_pixels_by_2(source, starts_at, weights, taps, bits, to)
-        else:
-            _weighted_pixels_by_4(source, starts_at, weights, taps, bits, to)
-        starts_at += starts.strides[0]
-        weights += table.strides[0]
-        to += 3 * PIXELS
+    upright, upright_narrow = np.empty((strip.shape[1], LANES), np.uint8), np.empty((3 * LANES, LANES), np.uint8)
+    for column in range(0, strip.shape[1], BLOCK):
+        transpose(_address(strip) + column, strip.strides[0], _address(upright) + column * LANES, LANES)
+    weights = _address(table)
+    for group in range(0, starts.shape[0], LANES):
+        to = _address(upright_narrow)
+        for column in range(group, min(group + LANES, starts.shape[0])):
+            source = _address(upright) + 3 * LANES * starts[column]
+            for channel in range(0, 3 * LANES, LANES):
+                weighted_sum(source + channel, 3 * LANES, weights, taps, bits, to + channel)
+            to += 3 * LANES
+            weights += table.strides[0]
+        for column in range(0, 3 * LANES, LANES):
+            for half in (0, BLOCK):
+                source = _address(upright_narrow) + column * LANES + half
+                to = _address(narrow) + half * narrow.strides[0] + 3 * group + column
+                transpose(source, LANES, to, narrow.strides[0])
 
 
 @compiled
