@@ -152,7 +152,7 @@ class ViewLoader:
         none, nothing = np.empty(0, np.int64), np.empty(0, np.uint8)
         self._decode_views(-1, self.records, none, 0, 0, self.views, self.seed, self.seed, nothing, nothing)
 
-    def _decode(self, file: int, epoch: np.uint64, batch: np.ndarray, places: slice, images: np.ndarray) -> int:
+    def _decode(self, file: int, epoch: np.uint64, batch: np.ndarray, images: np.ndarray, places: slice) -> int:
         """Fills in the views of `batch[places]`, in a worker thread; returns how many samples it had to replace there.
 
         batch: (N,) the whole batch, into which the samples that take a bad one's place are written. images: its buffer.
@@ -291,9 +291,9 @@ class ViewBatches:
             loader._advise(self._file, indices, os.POSIX_FADV_WILLNEED)
         chunk = max(1, -(-len(indices) // (loader.workers * CHUNKS_PER_WORKER)))
         # The workers hold no reference to this iterator, so that dropping it closes it, and in the consumer's thread.
-        decode = partial(loader._decode, self._file, self._epoch, indices)
+        decode = partial(loader._decode, self._file, self._epoch, indices, images.numpy())
         chunks = [
-            self._executor.submit(decode, slice(start, min(start + chunk, len(indices))), images.numpy())
+            self._executor.submit(decode, slice(start, min(start + chunk, len(indices))))
             for start in range(0, len(indices), chunk)
         ]
         self._pending.append((indices, images, chunks))
