@@ -12,7 +12,9 @@ import numpy as np
 
 from varscale.data.compiled import compiled
 from varscale.data.filters import axis_weights
-from varscale.data.weighted import BLOCK, LANES, transpose, weighted_sum
+from varscale.data.weighted import BLOCK, LANES, prefetch, transpose, weighted_sum
+
+CACHE_LINE = 64  # bytes
 
 
 @compiled
@@ -50,6 +52,7 @@ def _rows_first(box, by_row, by_column, output):
         stop = min(start + LANES, output.shape[0])
         for row in range(start, stop):
             _vertical(box, by_row, row, strip[row - start])
+            _prefetch(output[row])
         _horizontal(strip, by_column, narrow)
         for row in range(start, stop):
             _copy(narrow[row - start], output[row], output.shape[1])
@@ -129,6 +132,13 @@ def _horizontal(strip, by_column, narrow):
 @compiled
 def _address(array):
     return np.int64(array.ctypes.data)
+
+
+@compiled
+def _prefetch(line):
+    """A batch is too large for the caches: the copy into it would wait for every cache line of its own."""
+    for at in range(0, line.shape[0], CACHE_LINE):
+        prefetch(_address(line) + at)
 
 
 @compiled

@@ -1,4 +1,4 @@
-"""The resampler's inner loops in LLVM's own terms: weighted sums of bytes, many at once, and transposing bytes.
+"""The resampler's inner loops in LLVM's own terms: weighted sums of bytes, transposing and prefetching.
 
 From plain loops numba's compiler carries sums through memory from tap to tap. Here they stay in vector registers.
 
@@ -38,6 +38,12 @@ def transpose(_, source, step, destination, destination_step):
     """For compiled code: LANES rows of BLOCK bytes become BLOCK rows of LANES bytes. The steps are from row to row."""
     address = types.int64
     return types.void(address, types.int64, address, types.int64), _generate_transpose
+
+
+@intrinsic
+def prefetch(_, destination):
+    """For compiled code: has the cache line around `destination` fetched, which will be written to soon."""
+    return types.void(types.int64), _generate_prefetch
 
 
 def _generate_sum(context, builder, _, arguments):
@@ -80,6 +86,15 @@ def _generate_transpose(context, builder, _, arguments):
         rows = [row for pair in pairs for row in pair]
     for i, row in enumerate(rows):
         _store(builder, row, builder.add(destination, builder.mul(destination_step, _LONG(i))))
+    return context.get_dummy_value()
+
+
+def _generate_prefetch(context, builder, _, arguments):
+    pointer = _BYTE.as_pointer()
+    to_write, locality, data = _INT(1), _INT(2), _INT(1)
+    signature = ir.FunctionType(ir.VoidType(), [pointer, _INT, _INT, _INT])
+    function = cgutils.get_or_insert_function(builder.module, signature, "llvm.prefetch.p0")
+    builder.call(function, [builder.inttoptr(arguments[0], pointer), to_write, locality, data])
     return context.get_dummy_value()
 
 
