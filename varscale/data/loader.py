@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from varscale.data.beton import check_beton
+from varscale.data.buffers import Buffers
 from varscale.data.decoders import Decoder, decode_views_by
 from varscale.data.geometry import CropSpec, view_table, views_by_size
 from varscale.data.memory import available_memory
@@ -152,7 +153,7 @@ class ViewLoader:
         none, nothing = np.empty(0, np.int64), np.empty(0, np.uint8)
         self._decode_views(-1, self.records, none, 0, 0, self.views, self.seed, self.seed, nothing, nothing)
 
-    def _decode(self, file: int, epoch: np.uint64, batch: np.ndarray, places: slice, images: np.ndarray) -> int:
+    def _decode(self, file: int, epoch: np.uint64, batch: np.ndarray, images: np.ndarray, places: slice) -> int:
         """Fills in the views of `batch[places]`, in a worker thread; returns how many samples it had to replace there.
 
         batch: (N,) the whole batch, into which the samples that take a bad one's place are written. images: its buffer.
@@ -220,6 +221,7 @@ class ViewBatches:
     def __init__(self, loader: ViewLoader, indices: np.ndarray, epoch: np.uint64) -> None:
         self._loader, self._epoch = loader, epoch
         self._coming = iter(indices)
+        self._buffers = Buffers(indices.shape[1] * loader.bytes_per_sample, kept=loader.batches_ahead + 1)
         self._pending: deque[tuple[np.ndarray, torch.Tensor, list[Future]]] = deque()
         try:
             self._file = os.open(loader.beton, os.O_RDONLY)
@@ -286,14 +288,16 @@ class ViewBatches:
             return
         loader = self._loader
         indices = indices[indices >= 0]
-        images = torch.empty(len(indices) * loader.bytes_per_sample, dtype=torch.uint8, pin_memory=loader.pinned)
+        size = len(indices) * loader.bytes_per_sample
+        # torch uses pinned memory again by itself.
+        images = torch.empty(size, dtype=torch.uint8, pin_memory=True) if loader.pinned else self._buffers.take(size)
         if not loader.os_cache:
             loader._advise(self._file, indices, os.POSIX_FADV_WILLNEED)
         chunk = max(1, -(-len(indices) // (loader.workers * CHUNKS_PER_WORKER)))
         # The workers hold no reference to this iterator, so that dropping it closes it, and in the consumer's thread.
-        decode = partial(loader._decode, self._file, self._epoch, indices)
+        decode = partial(loader._decode, self._file, self._epoch, indices, images.numpy())
         chunks = [
-            self._executor.submit(decode, slice(start, min(start + chunk, len(indices))), images.numpy())
+            self._executor.submit(decode, slice(start, min(start + chunk, len(indices))))
             for start in range(0, len(indices), chunk)
         ]
         self._pending.append((indices, images, chunks))

@@ -11,13 +11,10 @@ from math import ceil
 import numpy as np
 
 from varscale.data.compiled import compiled
-from varscale.data.weighted import weighted_sum_of
+from varscale.data.filters import axis_weights
+from varscale.data.weighted import BLOCK, LANES, prefetch, transpose, weighted_sum
 
-LANES = 32  # bytes at once along a line
-PADDING = 4  # pixels are read two and two and as four bytes, of which the last is the next one's
-
-_sum_of_many, _sum_of_one = weighted_sum_of(LANES), weighted_sum_of(1)
-_sum_of_pixels = weighted_sum_of(4, in_pairs=True)
+CACHE_LINE = 64  # bytes
 
 
 @compiled
@@ -36,123 +33,112 @@ def resample(source, rows, columns, flip, bicubic, destination):
     left, right = int(columns[0]), ceil(columns[0] + columns[1])
     box = source.reshape(source.shape[0], 3 * source.shape[1])[top:bottom, 3 * left : 3 * right]
     output = destination.reshape(destination.shape[0], 3 * destination.shape[1])
-    row_weights = _axis_weights(rows, destination.shape[0], bicubic)
-    column_weights = _axis_weights(columns, destination.shape[1], bicubic)
-    if flip:
-        starts, taps, weights, bits = column_weights
-        column_weights = starts[::-1].copy(), taps, weights[::-1].copy(), bits
+    by_row = axis_weights(rows, output.shape[0], False, bicubic)
+    by_column = axis_weights(columns, output.shape[1] // 3, flip, bicubic)
     # The cubic filter overshoots and the 8 bits in between clip it, so that the order of the passes shows: columns
-    # first, as torch does. The triangle never clips: rows first leaves less to the slower pass, over pixels.
+    # first, as torch does. The triangle never clips: rows first leaves less to the slower pass, along the rows.
     if bicubic:
-        _columns_first(box, row_weights, column_weights, output)
+        _columns_first(box, by_row, by_column, output)
     else:
-        _rows_first(box, row_weights, column_weights, output)
+        _rows_first(box, by_row, by_column, output)
 
 
 @compiled
-def _rows_first(box, row_weights, column_weights, output):
-    line = np.empty(box.shape[1] + PADDING, np.uint8)
-    narrow = np.empty(output.shape[1] + PADDING, np.uint8)
-    for row in range(output.shape[0]):
-        _vertical(box, row_weights, row, line)
-        _horizontal(line, column_weights, narrow)
-        _copy(narrow, output[row], output.shape[1])
+def _rows_first(box, by_row, by_column, output):
+    strip, narrow = _strips(box, output)
+    if box.shape[1] < LANES:
+        box = _widened(box)
+    for start in range(0, output.shape[0], LANES):
+        stop = min(start + LANES, output.shape[0])
+        for row in range(start, stop):
+            _vertical(box, by_row, row, strip[row - start])
+            _prefetch(output[row])
+        _horizontal(strip, by_column, narrow)
+        for row in range(start, stop):
+            _copy(narrow[row - start], output[row], output.shape[1])
 
 
 @compiled
-def _columns_first(box, row_weights, column_weights, output):
-    starts, taps = row_weights[0], row_weights[1]
+def _columns_first(box, by_row, by_column, output):
+    starts, taps = by_row[0], by_row[1]
     above, below = starts[0], starts[-1] + taps
-    line = np.empty(box.shape[1] + PADDING, np.uint8)
-    narrowed = np.empty((below, output.shape[1] + PADDING), np.uint8)
-    for row in range(above, below):
-        _copy(box[row], line, box.shape[1])
-        _horizontal(line, column_weights, narrowed[row])
+    strip, narrow = _strips(box, output)
+    narrowed = np.empty((below, narrow.shape[1]), np.uint8)
+    for start in range(above, below, LANES):
+        stop = min(start + LANES, below)
+        for row in range(start, stop):
+            _copy(box[row], strip[row - start], box.shape[1])
+        _horizontal(strip, by_column, narrow)
+        for row in range(start, stop):
+            _copy(narrow[row - start], narrowed[row], output.shape[1])
     for row in range(output.shape[0]):
-        _vertical(narrowed[:, : output.shape[1]], row_weights, row, output[row])
+        _vertical(narrowed[:, :], by_row, row, narrow[0])
+        _copy(narrow[0], output[row], output.shape[1])
 
 
 @compiled
-def _axis_weights(lines, count, bicubic):
-    """Weights of `count` output lines, for lines = (start, length, resized, first) as `resample` takes them.
-
-    Returns the first input line of each output line, from int(start) on, (count,); how many input lines each takes, the
-    same number for all, or a loop over them would be mispredicted; their weights, (count, an even number) int16, the
-    last of which may be one too many and 0; the weights' number of fractional bits.
-    """
-    start_line, length, resized, first = lines
-    offset = start_line - int(start_line)
-    available = ceil(start_line + length) - int(start_line)
-    scale = length / resized
-    shrinking = 1.0 / max(scale, 1.0)
-    support = (2.0 if bicubic else 1.0) / shrinking
-    starts = np.empty(count, np.int64)
-    widths = np.empty(count, np.int64)
-    exact = np.zeros((count, 2 * ceil(support) + 1), np.float64)
-    for line in range(count):
-        centre = offset + (first + line + 0.5) * scale
-        start = max(int(centre - support + 0.5), 0)
-        stop = min(int(centre + support + 0.5), available)
-        total = 0.0
-        for tap in range(stop - start):
-            distance = abs((start + tap - centre + 0.5) * shrinking)
-            weight = _cubic(distance) if bicubic else max(1.0 - distance, 0.0)
-            exact[line, tap] = weight
-            total += weight
-        for tap in range(stop - start):
-            exact[line, tap] /= total
-        starts[line], widths[line] = start, stop - start
-    largest = exact.max()
-    bits = 0
-    while bits < 22 and int(0.5 + largest * (1 << (bits + 1))) < 1 << 15:
-        bits += 1
-    taps = min((widths.max() + 1) // 2 * 2, available)
-    weights = np.zeros((count, (taps + 1) // 2 * 2), np.int16)
-    for line in range(count):
-        start = min(starts[line], available - taps)
-        for tap in range(widths[line]):
-            scaled = exact[line, tap] * (1 << bits)
-            weights[line, starts[line] - start + tap] = int(scaled - 0.5 if scaled < 0 else scaled + 0.5)
-        starts[line] = start
-    return starts, taps, weights, np.int32(bits)
+def _strips(box, output):
+    """Memory for LANES rows of the box and the output; what is read and written behind their ends is not used."""
+    width = (max(box.shape[1], LANES) + BLOCK - 1) // BLOCK * BLOCK
+    narrow_width = (output.shape[1] + 3 * LANES - 1) // (3 * LANES) * 3 * LANES
+    return np.empty((LANES, width), np.uint8), np.empty((LANES, narrow_width), np.uint8)
 
 
 @compiled
-def _cubic(distance):
-    a = -0.5
-    if distance < 1.0:
-        return ((a + 2.0) * distance - (a + 3.0)) * distance * distance + 1.0
-    if distance < 2.0:
-        return (((distance - 5.0) * distance + 8.0) * distance - 4.0) * a
-    return 0.0
+def _widened(box):
+    """As many bytes a row as are read at once: nothing behind the image may be."""
+    wide = np.empty((box.shape[0], LANES), np.uint8)
+    for row in range(box.shape[0]):
+        _copy(box[row], wide[row], box.shape[1])
+    return wide[:, :]
 
 
 @compiled
-def _vertical(box, weights, row, line):
-    """One output row over all columns of `box`."""
-    starts, taps, table, bits = weights
+def _vertical(box, by_row, row, line):
+    """One output row over all columns of `box`, of which there are at least LANES."""
+    starts, taps, table, bits = by_row
     width, step = box.shape[1], box.strides[0]
-    source, to = box.ctypes.data + starts[row] * step, line.ctypes.data
-    weights_at = table.ctypes.data + row * table.strides[0]
-    column = 0
-    while column + LANES <= width:
-        _sum_of_many(source + column, step, weights_at, taps, bits, to + column)
-        column += LANES
-    if width >= LANES:  # the rest, together with some that are done
-        _sum_of_many(source + width - LANES, step, weights_at, taps, bits, to + width - LANES)
-        return
-    for column in range(width):
-        _sum_of_one(source + column, step, weights_at, taps, bits, to + column)
+    source, to = _address(box) + starts[row] * step, _address(line)
+    weights = _address(table) + row * table.strides[0]
+    for column in range(0, width - LANES, LANES):
+        weighted_sum(source + column, step, weights, taps, bits, to + column)
+    # The rest, together with some that are done.
+    weighted_sum(source + width - LANES, step, weights, taps, bits, to + width - LANES)
 
 
 @compiled
-def _horizontal(line, weights, narrow):
-    """One row of pixels from `line`. Both have PADDING bytes more than their pixels."""
-    starts, _, table, bits = weights
-    source, to, weights_at = line.ctypes.data, narrow.ctypes.data, table.ctypes.data
-    for column in range(starts.shape[0]):
-        _sum_of_pixels(source + 3 * starts[column], 3, weights_at, table.shape[1], bits, to + 3 * column)
-        weights_at += table.strides[0]
+def _horizontal(strip, by_column, narrow):
+    """LANES rows at once, which lie next to each other once the strip is transposed."""
+    starts, taps, table, bits = by_column
+    upright, upright_narrow = np.empty((strip.shape[1], LANES), np.uint8), np.empty((3 * LANES, LANES), np.uint8)
+    for column in range(0, strip.shape[1], BLOCK):
+        transpose(_address(strip) + column, strip.strides[0], _address(upright) + column * LANES, LANES)
+    weights = _address(table)
+    for group in range(0, starts.shape[0], LANES):
+        to = _address(upright_narrow)
+        for column in range(group, min(group + LANES, starts.shape[0])):
+            source = _address(upright) + 3 * LANES * starts[column]
+            for channel in range(0, 3 * LANES, LANES):
+                weighted_sum(source + channel, 3 * LANES, weights, taps, bits, to + channel)
+            to += 3 * LANES
+            weights += table.strides[0]
+        for column in range(0, 3 * LANES, LANES):
+            for half in (0, BLOCK):
+                source = _address(upright_narrow) + column * LANES + half
+                to = _address(narrow) + half * narrow.strides[0] + 3 * group + column
+                transpose(source, LANES, to, narrow.strides[0])
+
+
+@compiled
+def _address(array):
+    return np.int64(array.ctypes.data)
+
+
+@compiled
+def _prefetch(line):
+    """A batch is too large for the caches: the copy into it would wait for every cache line of its own."""
+    for at in range(0, line.shape[0], CACHE_LINE):
+        prefetch(_address(line) + at)
 
 
 @compiled
