@@ -11,7 +11,7 @@ from pathlib import Path
 from varscale.config import BatchSizes, Config, VarConConfig
 from varscale.data.dataset import BetonSummary, DatasetInfo, check_beton, read_dataset_info
 from varscale.engine.manifest import refuse_another_run
-from varscale.engine.rundir import find_checkpoint, find_checkpoints, read_manifest
+from varscale.engine.rundir import SUBMISSIONS, find_checkpoint, find_checkpoints, read_manifest
 from varscale.errors import UserError
 from varscale.files import is_unfinished
 
@@ -110,7 +110,7 @@ def check_run_directory(config: Config, data_digest: str, resume: str | None) ->
         return Origin([checkpoint], fall_back=False)
     if run.exists() and not run.is_dir():
         raise UserError(f"output_dir: {run} is a file")
-    if not run.exists() or all(is_unfinished(path) for path in run.iterdir()):
+    if not run.exists() or all(is_unfinished(path) or path.name == SUBMISSIONS for path in run.iterdir()):
         return Origin()
     if not (run / "manifest.json").is_file():
         raise UserError(f"output_dir: {run} holds files that are not a run's; choose an empty or new directory")

@@ -13,6 +13,8 @@ from varscale.config import Config, to_yaml
 from varscale.errors import UserError
 from varscale.files import replace_text
 
+REVISION = "REVISION"  # in a snapshot of the code: the revision it was made from
+
 # Sections and keys that may differ between a run and its continuation without changing what is computed.
 FREE = {"name", "output_dir", "deepspeed", "checkpoint", "safety", "logging", "online_knn"}
 FREE_KEYS = {"data.dir", "data.workers", "data.batches_ahead", "data.os_cache", "data.on_bad_sample"} | {
@@ -31,7 +33,7 @@ def write_manifest(config: Config, deepspeed: dict, data_digest: str, *, world_s
         "world_size": world_size,
         "deepspeed": deepspeed,
         "versions": _versions(),
-        "git_revision": _git_revision(),
+        "git_revision": git_revision(),
         "hardware": _hardware() | {"device": device},
     }
     config.output_dir.mkdir(parents=True, exist_ok=True)
@@ -74,8 +76,12 @@ def _versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: installed.get(name, "not installed") for name in names}
 
 
-def _git_revision() -> str | None:
+def git_revision() -> str | None:
+    """The revision of this code, as its checkout or the snapshot it was copied into says; None where neither does."""
     here = Path(__file__).parent
+    recorded = here.parents[1] / REVISION
+    if recorded.is_file():
+        return recorded.read_text().strip() or None
     try:
         done = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40"],

@@ -7,6 +7,7 @@ RUN/checkpoints/step-00000042 state.json, safetensors and their checksums (see c
 RUN/checkpoints/latest        a link to the newest
 RUN/checkpoints/best          a link to that with the best kNN accuracy, where it is measured while training
 RUN/evaluation/               what evaluate.py measured, one JSON a checkpoint
+RUN/slurm/                    its jobs' logs and the code they run (see varscale/cluster/submission.py)
 RUN/tensorboard/, RUN/plots/
 """
 
@@ -17,6 +18,7 @@ from pathlib import Path
 from varscale.config import Config, parse_config
 from varscale.errors import UserError
 
+SUBMISSIONS = "slurm"  # may be there before the run is
 LATEST, BEST, STEP = "latest", "best", "step-"
 
 

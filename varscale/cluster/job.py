@@ -1,0 +1,164 @@
+"""What runs on the nodes of a job: `run_task` is submitted to Slurm, `run_here` to this machine.
+
+python -m varscale.cluster.job begin         before the ranks: prints the port on which they will meet
+python -m varscale.cluster.job rank          one rank, with torchrun's variables set
+python -m varscale.cluster.job end STATUS    after the ranks: requeues Slurm's job, or says how it ended
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from dataclasses import replace
+from pathlib import Path
+
+import submitit
+
+from varscale.cluster import slurm
+from varscale.cluster.start import FAILED, PREEMPTED, Decision, Start
+from varscale.cluster.submission import Submission
+from varscale.errors import UserError
+
+OWN_FAULTS = (2, 3, 130)  # exit codes of train.py: a mistake of the user's, a number that is not finite, Ctrl-C
+KILL_WAIT = 30  # seconds that ranks on this machine get to end after another one failed
+
+
+def run_task() -> None:
+    """A task of Slurm's is one rank, its place among the others the one that Slurm gave it."""
+    task = submitit.JobEnvironment()
+    os.environ.update(
+        RANK=str(task.global_rank),
+        LOCAL_RANK=str(task.local_rank),
+        WORLD_SIZE=str(task.num_tasks),
+        LOCAL_WORLD_SIZE=str(task.num_tasks // task.num_nodes),
+        MASTER_ADDR=task.hostnames[0],
+    )
+    run_rank()
+
+
+def run_rank() -> None:
+    """Train as one rank; ends the process with train.py's exit code, and leaves word of a failure."""
+    for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGCONT):
+        # submitit's handlers would requeue the job themselves. Until train.py sets its own there is nothing to save,
+        # so that a signal may end the process at once.
+        signal.signal(number, signal.SIG_DFL)
+    from varscale import train
+
+    start, rank = Start.from_environment(), int(os.environ["RANK"])
+    arguments = ["--config", str(start.submission.runs[start.number].config), "--resume", "auto"]
+    sys.argv = [train.__file__, *arguments]  # what the manifest records
+    try:
+        code = train.main(arguments)
+    except Exception as error:
+        start.write_rank_end(rank, FAILED, traceback.format_exc(), lost=_lost_others(error))
+        raise
+    if code in OWN_FAULTS:
+        start.write_rank_end(rank, code)
+    if code == PREEMPTED and rank > 0:
+        code = 0  # rank 0 may still be writing the checkpoint, and srun ends all tasks after one that fails
+    if code:
+        sys.exit(code)
+
+
+def _lost_others(error: Exception) -> bool:
+    """Whether a collective broke because another rank is gone, rather than this one having failed."""
+    from torch.distributed import DistError
+
+    return isinstance(error, DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
+def end(status: int) -> int:
+    """Requeue Slurm's job if it goes on; otherwise leave word of how it ended. Returns the job's exit code."""
+    start = Start.from_environment()
+    decision = start.decide(status)
+    if decision.goes_on:
+        try:
+            if all(state.state == "RUNNING" for state in slurm.states(start.job).values()):  # not cancelled
+                _say(start, decision)
+                slurm.requeue(start.job)
+                return decision.code
+            decision = Decision(False, decision.code, "cancelled")
+        except UserError as error:
+            decision = Decision(False, FAILED, f"{decision.reason.partition(';')[0]}; not requeued: {error}")
+    _say(start, decision)
+    start.end(decision)
+    return decision.code
+
+
+def run_here(folder: str) -> None:
+    """The runs of a submission one after another on this machine, each started again as long as it goes on.
+
+    USR2 preempts: the ranks save and start again. TERM ends the job after saving.
+    """
+    submission = Submission.load(Path(folder))
+    submission.job = submitit.JobEnvironment().job_id
+    ranks: list[subprocess.Popen] = []
+    ended = False
+
+    def pass_on(number: int, _: object) -> None:
+        nonlocal ended
+        ended |= number == signal.SIGTERM
+        for rank in ranks:
+            rank.send_signal(number)
+
+    signal.signal(signal.SIGUSR2, pass_on)
+    signal.signal(signal.SIGTERM, pass_on)
+    codes = []
+    for number in range(len(submission.runs)):
+        start = Start(submission, number, submission.job_of(number), 0)
+        while True:
+            port = start.begin()
+            ranks[:] = [_start_rank(start, rank, port) for rank in range(submission.world_size)]
+            decision = start.decide(_wait(ranks))
+            if decision.goes_on and ended:
+                decision = Decision(False, decision.code, "cancelled")
+            _say(start, decision)
+            if not decision.goes_on:
+                break
+            start = replace(start, count=start.count + 1)
+        start.end(decision)
+        codes.append(decision.code)
+        if ended:
+            break
+    sys.exit(max(codes))
+
+
+def _start_rank(start: Start, rank: int, port: int) -> subprocess.Popen:
+    world_size = start.submission.world_size
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    environment = os.environ | start.to_environment() | {key: str(value) for key, value in place.items()}
+    with start.submission.log(start.job, rank).open("a") as log:
+        command = [sys.executable, "-u", "-m", "varscale.cluster.job", "rank"]
+        return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+
+
+def _wait(ranks: list[subprocess.Popen]) -> int:
+    """Wait until all have ended, as srun does: a failed one ends the others. Returns the greatest exit code."""
+    deadline = None
+    while any(rank.poll() is None for rank in ranks):
+        if deadline is None and any(rank.returncode for rank in ranks):
+            deadline = time.monotonic() + KILL_WAIT
+        if deadline is not None and time.monotonic() > deadline:
+            for rank in ranks:
+                rank.kill()
+        time.sleep(0.1)
+    return max(128 - rank.returncode if rank.returncode < 0 else rank.returncode for rank in ranks)
+
+
+def _say(start: Start, decision: Decision) -> None:
+    print(f"job {start.job}, start {start.count + 1}: {decision.reason}", flush=True)
+
+
+if __name__ == "__main__":
+    match sys.argv[1:]:
+        case ["begin"]:
+            print(Start.from_environment().begin())
+        case ["rank"]:
+            run_rank()
+        case ["end", status]:
+            sys.exit(end(int(status)))
+        case _:
+            sys.exit(__doc__)
