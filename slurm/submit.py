@@ -13,13 +13,15 @@ if not __package__:  # run as a script: the package beside this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
+import io
 import itertools
 import os
 import re
 import shlex
+import shutil
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 
 from varscale.cluster import slurm, watching
 from varscale.cluster.settings import ClusterSettings, load_settings, minutes
@@ -174,6 +176,7 @@ def sbatch_parameters(folder: Path, settings: ClusterSettings, name: str) -> dic
     python = f"{shlex.quote(sys.executable)} -m varscale.cluster.job"
     environment = {
         "PYTHONPATH": f"{shlex.quote(str(folder / 'code'))}${{PYTHONPATH:+:$PYTHONPATH}}",
+        "PYTHONSAFEPATH": "1",  # or the package in the current directory would come before the snapshot
         "VARSCALE_SUBMISSION": shlex.quote(str(folder)),
         "VARSCALE_RUN": "${SLURM_ARRAY_TASK_ID:-0}",
         "VARSCALE_JOB": "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}",
@@ -216,9 +219,11 @@ def submit_to_slurm(submission: Submission, settings: ClusterSettings) -> str:
     name = Path(submission.folder).parents[1].name
     executor.update_parameters(**sbatch_parameters(submission.folder, settings, name))
     try:
-        jobs = executor.submit_array([run_task] * len(submission.runs))
+        with redirect_stderr(io.StringIO()):  # the error holds what submitit would print
+            jobs = executor.submit_array([run_task] * len(submission.runs))
     except submitit.core.utils.FailedJobError as error:
-        raise UserError(f"sbatch: {' '.join(str(error).split())}") from None
+        shutil.rmtree(submission.folder)
+        raise UserError(" ".join(str(error).replace("sbatch: error", "sbatch").split())) from None
     return jobs[0].job_id.partition("_")[0]
 
 
@@ -232,9 +237,8 @@ def start_here(submission: Submission, settings: ClusterSettings) -> str:
     executor.update_parameters(
         timeout_min=60 * 24 * 365, tasks_per_node=1, gpus_per_node=settings.gpus_per_node, stderr_to_stdout=True
     )
-    os.environ["PYTHONPATH"] = os.pathsep.join(
-        filter(None, [str(submission.folder / "code"), os.environ.get("PYTHONPATH")])
-    )
+    paths = [str(submission.folder / "code"), os.environ.get("PYTHONPATH")]
+    os.environ.update(PYTHONPATH=os.pathsep.join(filter(None, paths)), PYTHONSAFEPATH="1")
     with outliving_this_program(submission.folder / "leader.log"):
         return executor.submit(run_here, str(submission.folder)).job_id
 

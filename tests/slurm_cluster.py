@@ -16,7 +16,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-TOOLS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "unshare")
+TOOLS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "unshare", "setpriv", "taskset")
 INSTALL = "apt-get install --no-install-recommends slurm-wlm munge (or tools/setup.sh --with-slurm)"
 SBIN = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 NODES = 3
@@ -32,8 +32,6 @@ StateSaveLocation={root}/state
 SlurmdSpoolDir={root}/spool/%n
 SlurmctldPidFile={root}/slurmctld.pid
 SlurmdPidFile={root}/slurmd.%n.pid
-SlurmctldLogFile={root}/slurmctld.log
-SlurmdLogFile={root}/slurmd.%n.log
 # No cgroups, no accounting.
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
@@ -69,13 +67,21 @@ class Cluster:
     def __init__(self, root: Path):
         self.root = root
         self.environment = os.environ | {"SLURM_CONF": str(root / "slurm.conf"), "PATH": SBIN}
+        self.daemons: dict[str, subprocess.Popen] = {}
 
     def start(self) -> None:
         self._configure()
-        key = ["--key-file", self.root / "munge.key", "--socket", self.root / "munge.socket"]
-        files = ["--pid-file", self.root / "munged.pid", "--log-file", self.root / "munged.log"]
-        self._start("munged", *key, *files, "--seed-file", self.root / "munged.seed")
-        self._start("slurmctld", "-f", self.root / "slurm.conf")
+        socket = self.root / "munge.socket"
+        files = {
+            "key-file": "munge.key",
+            "pid-file": "munged.pid",
+            "log-file": "munged.log",
+            "seed-file": "munged.seed",
+        }
+        files = [f"--{option}={self.root / name}" for option, name in files.items()]
+        self._start("munged", ["munged", "--foreground", f"--socket={socket}", *files])
+        self.wait_for(socket.exists, 10, "for munged")
+        self._start("slurmctld", ["slurmctld", "-D", "-f", str(self.root / "slurm.conf")])
         for number in range(1, NODES + 1):
             self.start_node(f"node{number}")
         self.wait_for(lambda: self.ask("sinfo", "-hN", "-p", "main", "-o", "%t").split() == ["idle"] * NODES, 30)
@@ -85,17 +91,17 @@ class Cluster:
         cores = sorted(os.sched_getaffinity(0))
         core = cores[int(node.removeprefix("node")) % len(cores)]
         enter = f"mount --bind {self.root}/hosts /etc/hosts && hostname {node}"
-        slurmd = f"exec taskset -c {core} slurmd -f {self.root}/slurm.conf -N {node}"
-        self._start("unshare", "--uts", "--mount", "sh", "-c", f"{enter} && {slurmd}")
+        slurmd = f"exec taskset -c {core} slurmd -D -f {self.root}/slurm.conf -N {node}"
+        self._start(node, ["unshare", "--uts", "--mount", "sh", "-c", f"{enter} && {slurmd}"])
 
     def lose_node(self, node: str) -> None:
         """As by a power cut: its slurmd and all processes of its jobs end at once."""
-        slurmd = int((self.root / f"slurmd.{node}.pid").read_text())
-        namespace = os.readlink(f"/proc/{slurmd}/ns/uts")
+        namespace = os.readlink(f"/proc/{self.daemons[node].pid}/ns/uts")
         for process in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):
                 if os.readlink(process / "ns" / "uts") == namespace:
                     os.kill(int(process.name), signal.SIGKILL)
+        self.daemons[node].wait(10)
 
     def ask(self, *command: object) -> str:
         """What a command of Slurm prints."""
@@ -118,12 +124,15 @@ class Cluster:
 
     def stop(self) -> None:
         with suppress(RuntimeError, subprocess.TimeoutExpired):
-            self.ask("scancel", "--state=PENDING", "--user=root")
-            self.ask("scancel", "--signal=KILL", "--full", "--user=root")
             self.ask("scancel", "--user=root")
             self.wait_for(lambda: not self.ask("squeue", "-h"), 30)
-        for daemon in ("slurmctld", *(f"slurmd.node{number}" for number in range(1, NODES + 1)), "munged"):
-            self._end(self.root / f"{daemon}.pid", daemon.partition(".")[0])
+        for name in reversed(self.daemons):  # munged last
+            self.daemons[name].terminate()
+            try:
+                self.daemons[name].wait(10)
+            except subprocess.TimeoutExpired:
+                self.daemons[name].kill()
+                self.daemons[name].wait()
 
     def logs(self) -> str:
         """The last lines of every daemon's log."""
@@ -156,21 +165,16 @@ class Cluster:
         (self.root / "munge.key").write_bytes(os.urandom(128))
         (self.root / "munge.key").chmod(0o600)
 
-    def _start(self, *command: object) -> None:
-        done = subprocess.run(
-            list(map(str, command)), env=self.environment, stdin=subprocess.DEVNULL, capture_output=True, timeout=60
-        )
-        if done.returncode:
-            raise RuntimeError(f"{command}: {done.stderr.decode()}\n{self.logs()}")
-
-    def _end(self, file: Path, name: str) -> None:
-        with suppress(OSError, ValueError):
-            process = int(file.read_text())
-            for number, patience in ((signal.SIGTERM, 10), (signal.SIGKILL, 5)):
-                deadline = time.monotonic() + patience
-                while _is_alive(process, name) and time.monotonic() < deadline:
-                    os.kill(process, number)
-                    time.sleep(0.1)
+    def _start(self, name: str, command: list[str]) -> None:
+        """Start a daemon in the foreground; it ends with this process, however that may end."""
+        with (self.root / f"{name}.log").open("a") as log:
+            self.daemons[name] = subprocess.Popen(
+                ["setpriv", "--pdeathsig", "TERM", *command],
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
 
 
 def missing() -> str | None:
@@ -179,12 +183,6 @@ def missing() -> str | None:
     if absent:
         return f"Slurm is not installed (missing: {', '.join(absent)}): {INSTALL}"
     return None if os.geteuid() == 0 else "a cluster on one machine takes root, for its nodes' namespaces"
-
-
-def _is_alive(process: int, name: str) -> bool:
-    """Whether the process is there, is the one meant, and does not only wait for its end to be noticed."""
-    _, comm, state = Path(f"/proc/{process}/stat").read_text().replace(")", "(").split("(")
-    return comm == name and state.split()[0] != "Z"
 
 
 def _free_ports() -> int:

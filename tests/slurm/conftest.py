@@ -67,8 +67,8 @@ def submit_py(cluster, repository):
 
 @pytest.fixture(scope="session")
 def tiny(small_run):
-    """Options of submit.py for a run of 40 steps on two nodes, a rank on each."""
-    return ["--config", "digits-varcon", "--nodes", 2, "--time", 10, *small_run, "batch.global_batch_size=16"]
+    """Options of submit.py for a run of 20 steps on two nodes, a rank on each."""
+    return ["--config", "digits-varcon", "--nodes", 2, "--time", 10, *small_run, "batch.global_batch_size=32"]
 
 
 @pytest.fixture(scope="session")
@@ -95,6 +95,12 @@ class Job:
     def step(self) -> int:
         lines = read_metrics(self.run / "metrics.jsonl")
         return lines[-1]["step"] if lines else 0
+
+    def ranks_printed(self, count: int) -> bool:
+        """Whether so many ranks have begun."""
+        return (
+            len([log for log in self.submission.folder.glob("*.out") if "Loading pickle" in log.read_text()]) == count
+        )
 
     @property
     def restarts(self) -> int:

@@ -13,7 +13,7 @@ def undisturbed(submit, tmp_path_factory):
     """The last checkpoint's tensors of a job that nothing happens to."""
     job = submit(tmp_path_factory.mktemp("undisturbed") / "run")
     tensors = job.finish()
-    assert (job.step, job.restarts) == (40, 0)
+    assert (job.step, job.restarts) == (20, 0)
     return tensors
 
 
@@ -32,15 +32,18 @@ def disturbed(submit, tmp_path):
 def assert_same(job, undisturbed):
     found = job.finish()
     assert job.restarts >= 1
-    assert job.step == 40
+    assert job.step == 20
     assert found.keys() == undisturbed.keys()
     assert [name for name in found if not torch.equal(found[name], undisturbed[name])] == []
 
 
-def test_usr2(cluster, disturbed, undisturbed):
-    """What a time limit sends, and what many clusters send before they preempt."""
-    job = disturbed()
-    cluster.ask("scancel", "--signal=USR2", job.name)
+def test_usr2(cluster, submit, undisturbed, tmp_path):
+    """What a time limit sends, and many clusters before they preempt: while the ranks start, and while they train."""
+    job = submit(tmp_path / "run", "checkpoint.every_steps=5")
+    for restarts, ready in enumerate((lambda job: job.ranks_printed(2), lambda job: job.step >= DISTURB_AT)):
+        job.wait_for(ready)
+        cluster.ask("scancel", "--signal=USR2", job.name)
+        job.wait_for(lambda job, wanted=restarts + 1: job.restarts == wanted)
     assert_same(job, undisturbed)
 
 

@@ -78,8 +78,8 @@ class Start:
             return Decision(False, status, f"the ranks could not start (exit code {status})")
         cause = "preempted" if status == PREEMPTED else "a rank was lost"
         newest, idle = self._progress()
-        if idle > self.submission.idle_requeues:
-            return Decision(False, FAILED, f"{cause}; given up: {idle} starts brought no checkpoint after {newest}")
+        if idle >= self.submission.idle_requeues:
+            return Decision(False, FAILED, f"{cause}; given up: {idle} requeues brought no checkpoint after {newest}")
         return Decision(True, status, f"{cause}; goes on from {newest}")
 
     def end(self, decision: Decision) -> None:
@@ -88,7 +88,7 @@ class Start:
         replace_text(self.submission.folder / f"{self.job}.end.json", json.dumps(values))
 
     def _progress(self) -> tuple[str, int]:
-        """The newest checkpoint, and how many starts before this decision to go on found no newer one."""
+        """The newest checkpoint, and how many requeues before this decision brought no newer one."""
         checkpoint = latest_checkpoint(self.submission.runs[self.number].directory)
         newest = checkpoint.name if checkpoint else "the beginning"
         path = self.submission.folder / f"{self.job}.requeues.json"

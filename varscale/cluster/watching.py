@@ -14,7 +14,7 @@ from varscale.cluster.submission import Submission
 from varscale.engine.rundir import read_metrics
 from varscale.errors import UserError
 
-LOOK, ASK = 0.5, 10.0  # seconds between two looks at files, and between two questions to Slurm, which dislikes them
+LOOK, ASK = 0.5, 5.0  # seconds between two looks at files, and between two questions to Slurm, which dislikes them
 HEADINGS = ("run", "job", "state", "nodes", "step", "restarts", "images/s")
 
 
@@ -78,7 +78,7 @@ def _until_over(submission: Submission) -> Iterator[None]:
     Slurm is asked for jobs that end without a word. It is believed the second time: one that it is about to requeue may
     look as if it had ended.
     """
-    over, asked = 0, time.monotonic()
+    over, asked = 0, -ASK
     while over < 2:
         yield
         time.sleep(LOOK)

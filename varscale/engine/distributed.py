@@ -1,7 +1,6 @@
 """The ranks of a run: who this process is, how the group begins and ends, and small collectives over it."""
 
 import os
-import shutil
 import socket
 import time
 from collections.abc import Sequence
@@ -55,9 +54,9 @@ def join() -> Ranks:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    if shutil.which(os.environ.get("CXX", "c++")) is None:
-        # DeepSpeed would compile its own reduction in shared memory for ranks on CPU; gloo does without.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # For ranks on CPU DeepSpeed would compile a reduction that only tensor-parallel inference uses, and load it under a
+    # lock file: a process killed at that moment would leave the lock, and every later one would wait for ever.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=backend, timeout=PATIENCE, verbose=False)
     ranks = Ranks(dist.get_rank(), local_rank, world_size, local_world_size, device)
     torch.set_num_threads(ranks.cores)
