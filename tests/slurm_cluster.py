@@ -11,6 +11,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -18,7 +19,7 @@ from pathlib import Path
 
 TOOLS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "unshare", "setpriv", "taskset")
 INSTALL = "apt-get install --no-install-recommends slurm-wlm munge (or tools/setup.sh --with-slurm)"
-SBIN = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin"
 NODES = 3
 CONFIGURATION = """\
 ClusterName=test
@@ -66,7 +67,7 @@ class Cluster:
 
     def __init__(self, root: Path):
         self.root = root
-        self.environment = os.environ | {"SLURM_CONF": str(root / "slurm.conf"), "PATH": SBIN}
+        self.environment = os.environ | {"SLURM_CONF": str(root / "slurm.conf"), "PATH": PATH}
         self.daemons: dict[str, subprocess.Popen] = {}
 
     def start(self) -> None:
@@ -152,7 +153,7 @@ class Cluster:
             (self.root / folder).mkdir()
         for number in range(2):  # slurmd wants a device file for each GPU, and only looks whether it is there
             os.mknod(self.root / "gpu" / str(number), 0o600 | 0o020000, os.makedev(1, 3))
-        version = subprocess.run(["slurmd", "-V"], env={"PATH": SBIN}, capture_output=True, text=True).stdout
+        version = subprocess.run(["slurmd", "-V"], env={"PATH": PATH}, capture_output=True, text=True).stdout
         old = version.split()[-1] < "23.11"  # which knows no "disabled"
         files = {
             "slurm.conf": CONFIGURATION.format(root=self.root, host=host, port=port, nodes=nodes),
@@ -179,7 +180,7 @@ class Cluster:
 
 def missing() -> str | None:
     """Why no cluster can be started here; None where one can."""
-    absent = [tool for tool in TOOLS if shutil.which(tool, path=SBIN) is None]
+    absent = [tool for tool in TOOLS if shutil.which(tool, path=PATH) is None]
     if absent:
         return f"Slurm is not installed (missing: {', '.join(absent)}): {INSTALL}"
     return None if os.geteuid() == 0 else "a cluster on one machine takes root, for its nodes' namespaces"

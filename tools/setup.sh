@@ -5,9 +5,10 @@ set -euo pipefail
 
 usage() {
     cat <<'USAGE'
-usage: tools/setup.sh [--wheelhouse DIR] [--check]
+usage: tools/setup.sh [--wheelhouse DIR] [--with-slurm] [--check]
 
   --wheelhouse DIR  install from a folder made by tools/build_wheelhouse.sh, without network, compiler or root
+  --with-slurm      install Slurm, too, for its tests (as root, on Debian or Ubuntu; otherwise say what is missing)
   --check           say what is missing, change nothing (exit 2 if anything is)
 
 environment: PYTHON  the interpreter to build .venv with (3.11 or later)
@@ -21,7 +22,9 @@ stamp=$venv/.varscale-setup
 lock=requirements.lock
 disk_needed_gib=8
 packages=(g++ pkg-config libopencv-dev libturbojpeg0-dev)
+slurm_packages=(slurm-wlm munge)
 wheelhouse=
+with_slurm=
 check=
 
 fail() { printf 'setup: %s\n' "$*" >&2; exit 2; }
@@ -30,6 +33,7 @@ say() { printf '\033[1msetup:\033[0m %s\n' "$*"; }
 while [ $# -gt 0 ]; do
     case $1 in
         --wheelhouse) [ $# -gt 1 ] || fail "--wheelhouse needs a folder"; wheelhouse=$2; shift 2 ;;
+        --with-slurm) with_slurm=1; shift ;;
         --check) check=1; shift ;;
         -h | --help) usage; exit 0 ;;
         *) usage >&2; fail "unknown argument $1" ;;
@@ -38,6 +42,19 @@ done
 if [ -n "$wheelhouse" ]; then
     [ -d "$wheelhouse" ] || fail "--wheelhouse $wheelhouse: no such folder"
     wheelhouse=$(cd "$wheelhouse" && pwd)
+fi
+
+can_install() { [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; }
+install_packages() {
+    say "installing system packages: $*"
+    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >/dev/null
+}
+
+# Only tests need Slurm, and they say so where it is missing: nothing else waits for it.
+have_slurm() { command -v slurmctld && command -v slurmd && command -v munged; } >/dev/null
+if [ -n "$with_slurm" ] && [ -z "$check" ] && ! have_slurm; then
+    can_install && install_packages "${slurm_packages[@]}" ||
+        say "Slurm is not installed: its tests will be skipped. As root: apt-get install ${slurm_packages[*]}" >&2
 fi
 
 # What .venv was made from. A changed lock, interpreter or checkout location makes it stale.
@@ -81,6 +98,7 @@ missing=$(missing_packages | xargs)
 if [ -n "$check" ]; then
     [ -n "$python" ] || echo "missing: python 3.11 or later"
     [ -z "$missing" ] || echo "missing system packages: $missing"
+    [ -z "$with_slurm" ] || have_slurm || echo "missing for the tests of Slurm: ${slurm_packages[*]}"
     echo "missing or out of date: $venv"
     exit 2
 fi
@@ -88,11 +106,9 @@ fi
 [ -n "$python" ] || fail "python 3.11 or later is needed; install one (Debian: apt-get install python3 python3-venv) or set PYTHON"
 
 if [ -n "$missing" ]; then
-    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
-        say "installing system packages: $missing"
-        apt-get update -qq
+    if can_install; then
         # shellcheck disable=SC2086
-        DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $missing >/dev/null
+        install_packages $missing
     else
         cat >&2 <<MISSING
 setup: FFCV is compiled on this machine, and these system packages are missing: $missing

@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-tools/setup.sh
+tools/setup.sh --with-slurm
 export PATH=$PWD/.venv/bin:$PATH
 
 ruff check .

@@ -5,8 +5,9 @@ import socket
 
 import pytest
 
-from varscale.cluster.start import FAILED, PREEMPTED, Start, free_port
+from varscale.cluster.start import FAILED, Start, free_port
 from varscale.cluster.submission import Run, Submission
+from varscale.engine.stopping import PREEMPTED
 
 
 @pytest.fixture

@@ -89,6 +89,21 @@ def test_a_wheelhouse_with_ffcv_takes_no_compiler(setup, tmp_path):
     assert "missing or out of date:" in said
 
 
+def test_without_root_slurm_is_said_to_be_missing_and_nothing_waits_for_it(setup):
+    code, said, _ = setup("--with-slurm", id="echo 1000", **COMPILER, df="echo header; echo /dev/x 100 0 2097152 0% /")
+    assert "Slurm is not installed: its tests will be skipped. As root: apt-get install slurm-wlm munge" in said
+    assert said.splitlines()[-1].startswith("setup: 2 GiB free")
+    assert code == 2
+
+
+def test_as_root_slurm_is_installed(setup, tmp_path):
+    log = tmp_path / "apt-get.log"
+    apt_get = {"apt-get": f'echo "$@" >>{log}', "id": "echo 0"}
+    _, said, _ = setup("--with-slurm", **COMPILER, **apt_get, df="echo header; echo /dev/x 100 0 2097152 0% /")
+    assert "installing system packages: slurm-wlm munge" in said
+    assert log.read_text().splitlines()[1].endswith("--no-install-recommends slurm-wlm munge")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -16,12 +16,14 @@ from pathlib import Path
 
 import submitit
 
+from varscale import train
 from varscale.cluster import slurm
-from varscale.cluster.start import FAILED, PREEMPTED, Decision, Start
+from varscale.cluster.start import FAILED, Decision, Start
 from varscale.cluster.submission import Submission
+from varscale.engine.stopping import INTERRUPTED, PREEMPTED
 from varscale.errors import UserError
 
-OWN_FAULTS = (2, 3, 130)  # exit codes of train.py: a mistake of the user's, a number that is not finite, Ctrl-C
+OWN_FAULTS = (train.USER_ERROR, train.BAD_STEP, INTERRUPTED)
 KILL_WAIT = 30  # seconds that ranks on this machine get to end after another one failed
 
 
@@ -44,8 +46,6 @@ def run_rank() -> None:
         # submitit's handlers would requeue the job themselves. Until train.py sets its own there is nothing to save,
         # so that a signal may end the process at once.
         signal.signal(number, signal.SIG_DFL)
-    from varscale import train
-
     start, rank = Start.from_environment(), int(os.environ["RANK"])
     arguments = ["--config", str(start.submission.runs[start.number].config), "--resume", "auto"]
     sys.argv = [train.__file__, *arguments]  # what the manifest records

@@ -17,9 +17,10 @@ from typing import NamedTuple
 
 from varscale.cluster.submission import Submission
 from varscale.engine.rundir import latest_checkpoint
+from varscale.engine.stopping import PREEMPTED
 from varscale.files import replace_text
 
-FAILED, PREEMPTED = 1, 75  # exit codes of train.py
+FAILED = 1
 
 
 class Decision(NamedTuple):
