@@ -92,6 +92,7 @@ def train(config: Config, sizes: BatchSizes, deepspeed: dict, resume: str | None
     ranks = distributed.join()
     try:
         reason = run_through(Job(config, sizes, deepspeed, data), origin, ranks, stop)
+        distributed.meet(ranks)
     except UserError:  # on all ranks
         raise
     except LoaderError as error:  # on this rank alone

@@ -1,7 +1,11 @@
 """A job on two nodes, disturbed in every way that a cluster knows, ends with the very tensors of one left alone."""
 
+import math
+
 import pytest
 import torch
+
+from varscale.engine.rundir import read_metrics
 
 pytestmark = pytest.mark.slurm
 
@@ -9,12 +13,18 @@ DISTURB_AT = 7  # between two checkpoints
 
 
 @pytest.fixture(scope="module")
-def undisturbed(submit, tmp_path_factory):
-    """The last checkpoint's tensors of a job that nothing happens to."""
+def undisturbed_job(submit, tmp_path_factory):
+    """A job that nothing happens to, done."""
     job = submit(tmp_path_factory.mktemp("undisturbed") / "run")
-    tensors = job.finish()
+    job.finish()
     assert (job.step, job.restarts) == (20, 0)
-    return tensors
+    return job
+
+
+@pytest.fixture(scope="module")
+def undisturbed(undisturbed_job):
+    """The tensors of its last checkpoint."""
+    return undisturbed_job.finish()
 
 
 @pytest.fixture
@@ -69,6 +79,15 @@ def test_a_node_goes_down(cluster, disturbed, undisturbed):
 
 
 @pytest.mark.slow
-def test_the_time_limit(disturbed, undisturbed):
-    job = disturbed("--time", "1", "schedule.epochs=2")
-    assert_same(job, undisturbed)
+def test_the_time_limit(submit, undisturbed_job, tmp_path):
+    """A run of 45 s on nodes that grant a minute and say so 30 s before its end."""
+    times = [line["time"] for line in read_metrics(undisturbed_job.run / "metrics.jsonl")]
+    epochs = max(2, math.ceil(45 / (times[-1] - times[len(times) // 2])))  # the second half is an epoch
+    settings = tmp_path / "cluster.yaml"
+    settings.write_text("signal_delay: 30")
+    options = [f"schedule.epochs={epochs}", "--settings", settings]
+    expected = submit(tmp_path / "undisturbed", *options).finish(600)
+    job = submit(tmp_path / "run", *options, "--time", "1")
+    found = job.finish(900)
+    assert job.restarts >= 1
+    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []

@@ -18,7 +18,7 @@ import submitit
 
 from varscale import train
 from varscale.cluster import slurm
-from varscale.cluster.start import FAILED, Decision, Start
+from varscale.cluster.start import CANCELLED, FAILED, Decision, Start
 from varscale.cluster.submission import Submission
 from varscale.engine.stopping import INTERRUPTED, PREEMPTED
 from varscale.errors import UserError
@@ -79,7 +79,7 @@ def end(status: int) -> int:
                 _say(start, decision)
                 slurm.requeue(start.job)
                 return decision.code
-            decision = Decision(False, decision.code, "cancelled")
+            decision = Decision(False, decision.code, CANCELLED)
         except UserError as error:
             decision = Decision(False, FAILED, f"{decision.reason.partition(';')[0]}; not requeued: {error}")
     _say(start, decision)
@@ -113,7 +113,7 @@ def run_here(folder: str) -> None:
             ranks[:] = [_start_rank(start, rank, port) for rank in range(submission.world_size)]
             decision = start.decide(_wait(ranks))
             if decision.goes_on and ended:
-                decision = Decision(False, decision.code, "cancelled")
+                decision = Decision(False, decision.code, CANCELLED)
             _say(start, decision)
             if not decision.goes_on:
                 break

@@ -53,7 +53,9 @@ def check_fits(settings: ClusterSettings) -> None:
 
 def states(job: str) -> dict[str, JobState]:
     """The states of a job or, of an array, of each task by its name (12_0); empty where Slurm has forgotten it."""
-    found = {}
+    found: dict[str, JobState] = {}
+    if shutil.which("scontrol") is None:  # another machine's job, its directory copied here
+        return found
     for line in _ask("scontrol", "-o", "show", "job", job, unless=FORGOTTEN).splitlines():
         values = dict(re.findall(r"(?:^|\s)(JobId|ArrayTaskId|JobState|Reason|NodeList)=(\S*)", line))
         reason, nodes = (values.get(key, "").replace("(null)", "") for key in ("Reason", "NodeList"))

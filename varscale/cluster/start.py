@@ -21,6 +21,7 @@ from varscale.engine.stopping import PREEMPTED
 from varscale.files import replace_text
 
 FAILED = 1
+CANCELLED = "cancelled"  # the reason of a job that its user ended
 
 
 class Decision(NamedTuple):
@@ -77,7 +78,7 @@ class Start:
             return Decision(False, 0, "done")
         if status != PREEMPTED and status <= 128 and not ends:
             return Decision(False, status, f"the ranks could not start (exit code {status})")
-        cause = "preempted" if status == PREEMPTED else "a rank was lost"
+        cause = "preempted or stuck" if status == PREEMPTED else "a rank was lost"
         newest, idle = self._progress()
         if idle >= self.submission.idle_requeues:
             return Decision(False, FAILED, f"{cause}; given up: {idle} requeues brought no checkpoint after {newest}")

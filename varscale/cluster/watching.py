@@ -1,6 +1,7 @@
 """Watching a submission: the table of its runs, what rank 0 prints, and which rank failed where."""
 
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from pathlib import Path
 
 from varscale.cluster import slurm
 from varscale.cluster.slurm import JobState
-from varscale.cluster.start import FAILED, rank_ends
+from varscale.cluster.start import CANCELLED, FAILED, rank_ends
 from varscale.cluster.submission import Submission
 from varscale.engine.rundir import read_metrics
 from varscale.errors import UserError
@@ -27,8 +28,14 @@ def states(submission: Submission) -> list[JobState]:
             asked = slurm.states(submission.job) if submission.job else {}
         elif _leader_lives(submission):
             asked = dict.fromkeys(submission.jobs, JobState("RUNNING", nodes="this machine"))
-    said = [end and JobState("FAILED" if end["code"] else "COMPLETED", end["reason"]) for end in ends]
+    said = [end and JobState(_state(end), end["reason"]) for end in ends]
     return [own or asked.get(job, JobState("UNKNOWN")) for own, job in zip(said, submission.jobs, strict=True)]
+
+
+def _state(end: dict) -> str:
+    if end["reason"] == CANCELLED:
+        return CANCELLED.upper()
+    return "FAILED" if end["code"] else "COMPLETED"
 
 
 def is_alive(submission: Submission, number: int) -> bool:
@@ -106,17 +113,16 @@ def _news(submission: Submission, job: str, prefix: str) -> Iterator[None]:
         if log.is_file():
             with log.open(errors="replace", newline="") as file:
                 file.seek(place)
-                text = unfinished + file.read()
+                *lines, unfinished = re.split(r"[\r\n]+", unfinished + file.read())  # a progress bar's end in \r
                 place = file.tell()
-            *lines, unfinished = text.split("\n")
-            for line in lines:
-                print(prefix + line.rpartition("\r")[2], flush=True)
+            for line in filter(None, lines):
+                print(prefix + line, flush=True)
         for start in submission.starts(job):
             for end in rank_ends(start):
                 path = start / f"rank-{end['rank']}.json"
-                if path not in told and not end["lost"]:
+                if path not in told:
                     print(prefix + _headline(submission, job, end), flush=True)
-                    if end["rank"] > 0:  # rank 0's is in the log above
+                    if end["rank"] > 0 and not end["lost"]:  # rank 0's is in the log above
                         print(end["traceback"], end="", flush=True)
                 told.add(path)
         yield
@@ -127,7 +133,8 @@ def _headline(submission: Submission, job: str, end: dict) -> str:
     words = ""
     with suppress(OSError, IndexError):
         words = (end["traceback"] or submission.log(job, end["rank"]).read_text(errors="replace")).splitlines()[-1]
-    return f"rank {end['rank']} on {end['node']} failed with exit code {end['code']}: {words}"
+    what = "lost the others" if end["lost"] else f"failed with exit code {end['code']}"
+    return f"rank {end['rank']} on {end['node']} {what}: {words}"
 
 
 def _leader_lives(submission: Submission) -> bool:

@@ -63,6 +63,11 @@ def join() -> Ranks:
     return ranks
 
 
+def meet(ranks: Ranks) -> None:
+    """Wait for all ranks. Launchers end those that outlive another one, and rank 0 may still be writing."""
+    greatest((0,), ranks.device)
+
+
 def leave() -> None:
     """End the process group: without this a ZeRO-3 run on gloo ends with signal 6 after all went well."""
     if dist.is_initialized():
