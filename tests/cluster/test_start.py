@@ -41,16 +41,22 @@ def test_preempted_ranks_go_on(start, status):
 
 @pytest.mark.parametrize("code", [1, 2, 3, 130])
 def test_a_failure_ends_the_job_with_the_code_of_the_first_rank_that_failed(start, code):
-    start.write_rank_end(0, FAILED, "ConnectionError", lost=True)
+    start.write_rank_end(0, PREEMPTED, "ConnectionError")
     start.write_rank_end(1, code)
-    start.write_rank_end(0, FAILED, "later")
+    start.write_rank_end(2, FAILED, "later")
     assert start.decide(143)[:2] == (False, code)
     assert start.decide(143).reason.startswith("rank 1 on ")
 
 
 def test_ranks_that_only_lost_another_go_on(start):
-    start.write_rank_end(0, FAILED, "RuntimeError: [gloo] Connection closed by peer", lost=True)
-    assert start.decide(1).goes_on
+    start.write_rank_end(0, PREEMPTED, "RuntimeError: [gloo] Connection closed by peer")
+    assert start.decide(1) == (True, 1, "a rank was lost; goes on from the beginning")
+
+
+def test_told_to_stop_or_stuck(start):
+    assert start.decide(PREEMPTED).reason.startswith("a rank was stuck; ")
+    start.write_rank_end(0, PREEMPTED)
+    assert start.decide(128 + 15).reason.startswith("preempted; ")
 
 
 def test_ranks_that_could_not_start_do_not_go_on(start):

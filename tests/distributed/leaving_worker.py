@@ -1,4 +1,4 @@
-"""Train where the disk is slow, and save when this rank left: `python leaving_worker.py FOLDER *arguments of train.py`."""
+"""Train where the disk is slow, and tell when this rank ended: `python leaving_worker.py FOLDER *arguments`."""
 
 import os
 import sys

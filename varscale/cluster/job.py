@@ -20,10 +20,9 @@ from varscale import train
 from varscale.cluster import slurm
 from varscale.cluster.start import CANCELLED, FAILED, Decision, Start
 from varscale.cluster.submission import Submission
-from varscale.engine.stopping import INTERRUPTED, PREEMPTED
+from varscale.engine.stopping import PREEMPTED
 from varscale.errors import UserError
 
-OWN_FAULTS = (train.USER_ERROR, train.BAD_STEP, INTERRUPTED)
 KILL_WAIT = 30  # seconds that ranks on this machine get to end after another one failed
 
 
@@ -52,12 +51,10 @@ def run_rank() -> None:
     try:
         code = train.main(arguments)
     except Exception as error:
-        start.write_rank_end(rank, FAILED, traceback.format_exc(), lost=_lost_others(error))
+        start.write_rank_end(rank, PREEMPTED if _lost_others(error) else FAILED, traceback.format_exc())
         raise
-    if code in OWN_FAULTS:
+    if code not in (0, train.PEER_FAILED):
         start.write_rank_end(rank, code)
-    if code == PREEMPTED and rank > 0:
-        code = 0  # rank 0 may still be writing the checkpoint, and srun ends all tasks after one that fails
     if code:
         sys.exit(code)
 
@@ -73,16 +70,15 @@ def end(status: int) -> int:
     """Requeue Slurm's job if it goes on; otherwise leave word of how it ended. Returns the job's exit code."""
     start = Start.from_environment()
     decision = start.decide(status)
+    _say(start, decision)
     if decision.goes_on:
         try:
-            if all(state.state == "RUNNING" for state in slurm.states(start.job).values()):  # not cancelled
-                _say(start, decision)
+            if slurm.states(start.job)[start.job].state == "RUNNING":  # neither cancelled nor requeued already
                 slurm.requeue(start.job)
-                return decision.code
-            decision = Decision(False, decision.code, CANCELLED)
+            return decision.code
         except UserError as error:
-            decision = Decision(False, FAILED, f"{decision.reason.partition(';')[0]}; not requeued: {error}")
-    _say(start, decision)
+            decision = Decision(False, FAILED, f"cannot be requeued: {error}")
+            _say(start, decision)
     start.end(decision)
     return decision.code
 

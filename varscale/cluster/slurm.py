@@ -61,7 +61,8 @@ def states(job: str) -> dict[str, JobState]:
         reason, nodes = (values.get(key, "").replace("(null)", "") for key in ("Reason", "NodeList"))
         state = JobState(values["JobState"], "" if reason == "None" else reason, nodes)
         if "ArrayTaskId" in values:
-            found |= {f"{job}_{task}": state for task in _expand(values["ArrayTaskId"])}
+            array = job.partition("_")[0]
+            found |= {f"{array}_{task}": state for task in _expand(values["ArrayTaskId"])}
         else:
             found[values["JobId"]] = state
     if not found and shutil.which("sacct"):

@@ -62,23 +62,26 @@ class Start:
         (self.submission.folder / f"{self.job}.end.json").unlink(missing_ok=True)
         return free_port()
 
-    def write_rank_end(self, rank: int, code: int, traceback: str = "", *, lost: bool = False) -> None:
-        """Leave word of how a rank ended; `lost` where it only lost the others."""
+    def write_rank_end(self, rank: int, code: int, traceback: str = "") -> None:
+        """Leave word of how a rank ended; PREEMPTED if it was told to or, with a traceback, only lost the others."""
         node = os.environ.get("SLURMD_NODENAME", socket.gethostname())
-        values = {"rank": rank, "node": node, "code": code, "lost": lost, "traceback": traceback, "time": time.time()}
+        values = {"rank": rank, "node": node, "code": code, "traceback": traceback, "time": time.time()}
         with suppress(OSError):  # what is to be told is in the rank's log, too
             replace_text(self.folder / f"rank-{rank}.json", json.dumps(values))
 
     def decide(self, status: int) -> Decision:
         """What follows from the greatest exit code of the ranks, 128 + N where signal N ended one, and their words."""
         ends = rank_ends(self.folder)
-        if own := [end for end in ends if not end["lost"]]:
-            return Decision(False, own[0]["code"], f"rank {own[0]['rank']} on {own[0]['node']} failed")
+        if failed := next((end for end in ends if end["code"] != PREEMPTED), None):
+            return Decision(False, failed["code"], f"rank {failed['rank']} on {failed['node']} failed")
         if status == 0:
             return Decision(False, 0, "done")
         if status != PREEMPTED and status <= 128 and not ends:
             return Decision(False, status, f"the ranks could not start (exit code {status})")
-        cause = "preempted or stuck" if status == PREEMPTED else "a rank was lost"
+        if any(not end["traceback"] for end in ends):
+            cause = "preempted"
+        else:
+            cause = "a rank was stuck" if status == PREEMPTED else "a rank was lost"
         newest, idle = self._progress()
         if idle >= self.submission.idle_requeues:
             return Decision(False, FAILED, f"{cause}; given up: {idle} requeues brought no checkpoint after {newest}")
@@ -101,7 +104,7 @@ class Start:
 
 
 def rank_ends(folder: Path) -> list[dict]:
-    """How ranks of a start ended that failed, the first failure first: rank, node, code, lost, traceback, time."""
+    """How ranks of a start ended where all went not well, the first one first: rank, node, code, traceback, time."""
     ends = [json.loads(path.read_text()) for path in folder.glob("rank-*.json")]
     return sorted(ends, key=lambda end: end["time"])
 

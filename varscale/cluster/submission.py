@@ -123,7 +123,7 @@ def write_config(folder: Path, number: int, config: Config) -> Path:
     return path
 
 
-def find(target: str) -> Submission:
+def find(target: str | Path) -> Submission:
     """The newest submission of a run's directory; UserError where there is none."""
     if found := submissions_of(Path(target)):
         return found[-1]

@@ -13,6 +13,7 @@ from varscale.cluster.slurm import JobState
 from varscale.cluster.start import CANCELLED, FAILED, rank_ends
 from varscale.cluster.submission import Submission
 from varscale.engine.rundir import read_metrics
+from varscale.engine.stopping import PREEMPTED
 from varscale.errors import UserError
 
 LOOK, ASK = 0.5, 5.0  # seconds between two looks at files, and between two questions to Slurm, which dislikes them
@@ -54,7 +55,7 @@ def print_status(submission: Submission) -> int:
         restarts = int(starts[-1].suffix[1:]) if starts else 0
         shown = f"{state.state} ({state.reason})" if state.reason else state.state
         rows.append((run.name, job, shown, state.nodes or "-", step, str(restarts), rate))
-        failures += [_headline(submission, job, end) for start in starts[-1:] for end in rank_ends(start)[:1]]
+        failures += [_headline(submission, job, end) for start in starts[-1:] for end in _failures(start)[:1]]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
@@ -118,14 +119,19 @@ def _news(submission: Submission, job: str, prefix: str) -> Iterator[None]:
             for line in filter(None, lines):
                 print(prefix + line, flush=True)
         for start in submission.starts(job):
-            for end in rank_ends(start):
+            for end in _failures(start):
                 path = start / f"rank-{end['rank']}.json"
                 if path not in told:
                     print(prefix + _headline(submission, job, end), flush=True)
-                    if end["rank"] > 0 and not end["lost"]:  # rank 0's is in the log above
+                    if end["rank"] > 0 and end["code"] != PREEMPTED:  # rank 0's is in the log above
                         print(end["traceback"], end="", flush=True)
                 told.add(path)
         yield
+
+
+def _failures(start: Path) -> list[dict]:
+    """How ranks ended that were not told to."""
+    return [end for end in rank_ends(start) if end["code"] != PREEMPTED or end["traceback"]]
 
 
 def _headline(submission: Submission, job: str, end: dict) -> str:
@@ -133,7 +139,7 @@ def _headline(submission: Submission, job: str, end: dict) -> str:
     words = ""
     with suppress(OSError, IndexError):
         words = (end["traceback"] or submission.log(job, end["rank"]).read_text(errors="replace")).splitlines()[-1]
-    what = "lost the others" if end["lost"] else f"failed with exit code {end['code']}"
+    what = "lost the others" if end["code"] == PREEMPTED else f"failed with exit code {end['code']}"
     return f"rank {end['rank']} on {end['node']} {what}: {words}"
 
 
