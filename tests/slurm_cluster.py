@@ -178,12 +178,13 @@ class Cluster:
             )
 
 
-def missing() -> str | None:
-    """Why no cluster can be started here; None where one can."""
+def missing() -> str:
+    """Why no cluster can be started here; empty where one can."""
     absent = [tool for tool in TOOLS if shutil.which(tool, path=PATH) is None]
     if absent:
         return f"Slurm is not installed (missing: {', '.join(absent)}): {INSTALL}"
-    return None if os.geteuid() == 0 else "a cluster on one machine takes root, for its nodes' namespaces"
+    probe = subprocess.run(["unshare", "--uts", "--mount", "true"], env={"PATH": PATH}, capture_output=True, text=True)
+    return probe.stderr and f"nodes on one machine take namespaces, and these take root: {probe.stderr.strip()}"
 
 
 def _free_ports() -> int:

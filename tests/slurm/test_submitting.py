@@ -7,6 +7,8 @@ import time
 import pytest
 import yaml
 
+from varscale.cluster.submission import submissions_of
+
 pytestmark = pytest.mark.slurm
 
 
@@ -118,10 +120,12 @@ def test_cancel(submit, submit_py, cluster, tiny, tmp_path):
 
 def test_a_sweep_is_a_job_array(submit_py, cluster, tiny, tmp_path):
     base = tmp_path / "sweep"
-    options = ["--nodes", 1, "--sweep", "objective.epsilon=0.0,0.02", f"output_dir={base}"]
+    options = ["--nodes", 1, "--gpus-per-node", 1, "--sweep", "objective.epsilon=0.0,0.02", f"output_dir={base}"]
     options += ["batch.global_batch_size=64", "--follow"]
     done = submit_py(*tiny, *options)
     assert done.returncode == 0, done.stdout + done.stderr
+    job = submissions_of(base)[-1].job
+    assert cluster.ask("scontrol", "show", "job", f"{job}_1").count("TresPerNode=gres:gpu:1") == 1
     names = ["objective.epsilon=0.0", "objective.epsilon=0.02"]
     for number, name in enumerate(names):
         config = yaml.safe_load((base / name / "config.yaml").read_text())
