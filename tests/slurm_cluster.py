@@ -53,7 +53,7 @@ SlurmdParameters=config_overrides
 ReturnToService=2
 PropagateResourceLimits=NONE
 KillWait=10
-SlurmdTimeout=10
+SlurmdTimeout=5
 GresTypes=gpu
 {nodes}
 PartitionName=main Nodes=ALL Default=YES MaxTime=60 PreemptMode=OFF
