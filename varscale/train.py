@@ -55,8 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
 
             print(describe(config, sizes, deepspeed))
             return 0
-        limit = config.safety.time_limit_minutes
-        with StopRequest(limit and limit * 60) as stop:
+        with StopRequest(config.safety.time_limit_minutes) as stop:
             return train(config, sizes, deepspeed, options.resume, stop)
     except UserError as error:
         return report_user_error(error)

@@ -64,7 +64,7 @@ def test_ctrl_c_interrupts_at_once_until_it_is_deferred():
 
 def test_the_time_limit_is_a_reason_and_handlers_are_put_back():
     before = [signal.getsignal(number) for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)]
-    with StopRequest(0.2) as stop:
+    with StopRequest(0.2 / 60) as stop:
         stop.defer_interrupts()
         assert stop.reason == 0
         time.sleep(0.3)

@@ -21,11 +21,11 @@ class StopRequest:
     later, ends the process at once, wherever it is: a thread listens, for Python's own handlers wait while a
     collective runs. SIGINT raises KeyboardInterrupt until `defer_interrupts`: before there is anything to save.
 
-    time_limit: seconds from now after which the run shall stop as if preempted; None for no limit.
+    time_limit: minutes from now after which the run shall stop as if preempted; None for no limit.
     """
 
     def __init__(self, time_limit: float | None = None) -> None:
-        self.ends = None if time_limit is None else time.monotonic() + time_limit
+        self.ends = None if time_limit is None else time.monotonic() + 60 * time_limit
         self.handlers: dict[int, object] = {}
         self.received: int | None = None
         self.received_at = 0.0
