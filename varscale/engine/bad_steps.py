@@ -6,6 +6,7 @@ The bad step's own update never reaches the parameters, whatever the policy.
 import json
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -92,9 +93,9 @@ class BadSteps:
         names = sorted({name for rank in everyone for part in rank["terms"] for name in part}) or ["gradient"]
         report = self.run / f"bad-step-{state.step:08d}.json"
         if torch.distributed.get_rank() == 0:
-            report.write_text(
-                json.dumps({"step": state.step, "gradient_norm": str(gradient_norm), "ranks": everyone}, indent=1)
-            )
+            written = {"step": state.step, "gradient_norm": str(gradient_norm), "ranks": everyone}
+            with suppress(OSError):  # a full disk is no reason to end what may go on
+                report.write_text(json.dumps(written, indent=1))
         wrong = "not finite" if self.config.loss_limit is None else "not finite, or the loss above safety.loss_limit"
         return (
             f"step {state.step}: {', '.join(names)} {wrong} (gradient norm {gradient_norm}); "
