@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from varscale.engine import distributed
 from varscale.engine.optimizers import build_optimizer
 
 WORLD_SIZE = 2
@@ -74,17 +75,14 @@ def fill_padding(network: nn.Module, rank: int, value: float) -> None:
 
 
 def work(folder: Path) -> None:
-    import deepspeed
-
-    deepspeed.init_distributed("gloo")
-    rank = dist.get_rank()
+    rank = distributed.join().rank
     found = {
         (name, stage): train_under_deepspeed(options, stage, rank)
         for name, options in OPTIMIZERS.items()
         for stage in STAGES
     }
     torch.save(found, folder / f"{rank}.pt")
-    dist.destroy_process_group()
+    distributed.leave()
 
 
 @pytest.fixture(scope="module")
