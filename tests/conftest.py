@@ -136,3 +136,15 @@ def unprivileged():
             os.seteuid(user)
 
     return without_root
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A real file system of 6 MB."""
+    mount = tmp_path / "disk"
+    mount.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(mount)]
+    if os.geteuid() or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs root and its permission to mount")
+    yield mount
+    subprocess.run(["umount", str(mount)], check=True)

@@ -14,7 +14,6 @@ import json
 import multiprocessing
 import os
 import random
-import socket
 import sys
 import tempfile
 import time
@@ -24,6 +23,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from varscale.cluster.start import free_port
 from varscale.engine.checkpoints import read_state
 from varscale.engine.rundir import checkpoint_folder, latest_checkpoint, read_metrics
 
@@ -177,12 +177,6 @@ def compare(calm: Run, tortured: Run, kills: int) -> int:
 
 def digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 if __name__ == "__main__":

@@ -96,18 +96,6 @@ def test_no_permission(tmp_path, unprivileged):
         assert os.listdir(closed) == ["in"]
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A real file system of 6 MB."""
-    mount = tmp_path / "disk"
-    mount.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(mount)]
-    if os.geteuid() or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("mounting a small file system needs root and its permission to mount")
-    yield mount
-    subprocess.run(["umount", str(mount)], check=True)
-
-
 def test_too_little_space_is_seen_before_the_work(small_disk):
     source = array_source(200, (128, 128))
     with pytest.raises(UserError, match=r"not enough disk space: about 0\.01 GB are needed, 0\.01 GB are free"):

@@ -79,7 +79,8 @@ class BadSteps:
         self.say(f"WARNING: {message}; policy: {self.config.bad_step}")
         if self.config.bad_step == "rewind":
             raise Rewind(state)
-        torch._foreach_copy_(self.buffers, self.before)
+        for buffer, before in zip(self.buffers, self.before, strict=True):
+            buffer.copy_(before)
 
     def _report(
         self, state: TrainState, terms: Sequence[Terms], micro_batches: Sequence[MicroBatch], gradient_norm: float

@@ -5,6 +5,7 @@ what the meters hold, and the TrainState. All else is a function of these and th
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -57,7 +58,8 @@ def _first_good(candidates: Sequence[Path], fall_back: bool) -> tuple[Path | Non
         if number == len(candidates):
             return None, f"{wrong}; there is no other checkpoint to go on from"
         print(f"WARNING: {wrong}; going on from the checkpoint before it", flush=True)
-        put_aside(checkpoint)
+        with suppress(OSError):  # where nothing may be renamed it is found damaged again next time
+            put_aside(checkpoint)
     return None, None
 
 

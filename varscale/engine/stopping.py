@@ -46,7 +46,7 @@ class StopRequest:
 
     def defer_interrupts(self) -> None:
         """From now on SIGINT is a wish, too, if signals are listened to at all."""
-        if not self.handlers:
+        if not self.handlers or signal.SIGINT in self.handlers:  # after a rewind it is asked for again
             return
         self.handlers[signal.SIGINT] = signal.signal(signal.SIGINT, self._handle)
 
