@@ -67,22 +67,22 @@ def results(run: Path) -> dict[tuple[str, str], dict]:
 
 
 def test_all_evaluators_and_baselines_in_one_table(run, data, capsys):
-    arguments = ["--checkpoint", str(run), "knn", "linear", "linear-cached", "--baselines"]
-    assert main([*arguments, "--linear-epochs", "3", "--batch-size", "16", "--k", "5", "100"]) == 0
+    arguments = ["--checkpoint", str(run), "knn", "linear", "linear_cached", "--baselines"]
+    assert main([*arguments, "linear.epochs=3", "--batch-size", "16", "knn.k=[5,100]"]) == 0
     printed = capsys.readouterr().out
     found = results(run)
-    models, evaluators = ("trained", "untrained", "pixels"), ("knn", "linear", "linear-cached")
+    models, evaluators = ("trained", "untrained", "pixels"), ("knn", "linear", "linear_cached")
     assert set(found) == {(model, evaluator) for model in models for evaluator in evaluators}
     for record in found.values():
         assert all(0 <= value <= 100 for value in record["metrics"].values())
         assert (record["data"]["train"], record["data"]["val"], record["data"]["digest"]) == (TRAIN, VAL, data[1])
     # Noisy colours: easy for pixels, so that far below this the labels and images would not belong together.
     assert found["pixels", "knn"]["metrics"]["top1_k5"] > 90
-    assert found["pixels", "linear-cached"]["metrics"]["top1"] > 90
+    assert found["pixels", "linear_cached"]["metrics"]["top1"] > 90
     assert found["trained", "knn"]["settings"]["k_used"] == [5, 60]
     assert "k = 100: only 60 training samples" in printed
     row = next(line for line in printed.splitlines() if line.startswith("knn") and "top1_k5" in line).split()
-    assert [float(number) for number in row[2:]] == [
+    assert [float(number) for number in row[3:]] == [
         round(found[model, "knn"]["metrics"]["top1_k5"], 2) for model in models
     ]
 
@@ -91,11 +91,11 @@ def test_later_results_join_earlier_ones(run, data):
     checkpoint = run / "checkpoints" / "step-00000042"
     assert main(["--checkpoint", str(run), "--data", str(data[0]), "knn"]) == 0
     before = results(run)["trained", "knn"]
-    assert main(["--checkpoint", str(checkpoint), "linear-cached"]) == 0
+    assert main(["--checkpoint", str(checkpoint), "linear_cached"]) == 0
     found = results(run)
     assert found["trained", "knn"] == before
-    assert found["trained", "linear-cached"]["metrics"]["top1"] > 50
-    assert main(["--checkpoint", str(run), "knn", "--k", "3"]) == 0
+    assert found["trained", "linear_cached"]["metrics"]["top1"] > 50
+    assert main(["--checkpoint", str(run), "knn", "knn.k=[3]"]) == 0
     assert list(results(run)["trained", "knn"]["metrics"]) == ["top1_k3", "top5_k3"]
     assert len(results(run)) == 2
 
@@ -156,13 +156,20 @@ def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 @pytest.mark.parametrize(
     ("extra", "expected"),
     [
-        (["knm"], "unknown evaluator 'knm'; choose from knn, linear, linear-cached; nearest: knn"),
-        (["linear_cached"], "nearest: linear-cached"),
-        (["knn", "--k", "0"], "--k is 0"),
-        (["knn", "--temperature", "0"], "--temperature is 0"),
-        (["knn", "--temperature", "nan"], "--temperature is nan"),
-        (["linear", "--linear-epochs", "0"], "--linear-epochs is 0"),
-        (["linear", "--linear-lr", "-1"], "--linear-lr is -1"),
+        (["knm"], "unknown evaluator 'knm'; choose from knn, linear, linear_cached"),
+        (["knm"], "nearest: knn"),
+        (["linear-cached"], "nearest: linear_cached"),
+        (["knn", "knn.k=[0]"], "evaluators: knn.k.0 is 0: input should be greater than 0"),
+        (["knn", "knn.k=[]"], "evaluators: knn.k is []"),
+        (["knn", "knn.k=many"], "evaluators: knn.k is 'many'"),
+        (["knn", "knn.temperature=0"], "evaluators: knn.temperature is 0"),
+        (["knn", "knn.temperature=.nan"], "evaluators: knn.temperature is nan"),
+        (["knn", "knn.temprature=1"], "evaluators: unknown key 'knn.temprature'; nearest: knn.temperature"),
+        (["knn", "epochs=1"], "evaluators: unknown key 'epochs'; nearest: linear.epochs"),
+        (["knn", "knn=3"], "evaluators: knn is a section, not a value; set one of knn.k, knn.temperature"),
+        (["knn", "linear.lr=1"], "override 'linear.lr=1': linear is not among the evaluators asked for"),
+        (["linear", "linear.epochs=0"], "evaluators: linear.epochs is 0"),
+        (["linear", "linear.lr=-1"], "evaluators: linear.lr is -1"),
         (["knn", "--batch-size", "0"], "--batch-size is 0"),
         (["knn", "--data", "nowhere"], "nowhere holds no converted data set"),
     ],
@@ -234,3 +241,50 @@ def test_a_damaged_file_of_results(run, capsys):
     (run / "evaluation" / "step-00000042.json").write_text("{")
     assert main(["--checkpoint", str(run), "knn"]) == 2
     assert "step-00000042.json: not a file of results" in capsys.readouterr().err
+
+
+def damaged_cache(run: Path) -> Path:
+    path = sorted((run / "evaluation" / "features").iterdir())[0]
+    path.write_bytes(path.read_bytes()[:-9])
+    return path
+
+
+def test_a_second_evaluator_encodes_nothing(run, monkeypatch, capsys):
+    assert main(["--checkpoint", str(run), "knn", "--baselines"]) == 0
+    before = results(run)
+    assert len(list((run / "evaluation" / "features").iterdir())) == 6
+    with monkeypatch.context() as patch:
+        patch.setattr("varscale.evaluation.context.extract_features", None)
+        assert main(["--checkpoint", str(run), "knn", "linear_cached", "--baselines"]) == 0
+    for key, record in before.items():
+        assert results(run)[key]["metrics"] == record["metrics"]
+    capsys.readouterr()
+    path = damaged_cache(run)
+    assert main(["--checkpoint", str(run), "knn", "--baselines"]) == 0
+    assert f"note: {path} is damaged" in capsys.readouterr().err
+    assert {key: record["metrics"] for key, record in results(run).items() if key[1] == "knn"} == {
+        key: record["metrics"] for key, record in before.items()
+    }
+
+
+def test_without_the_cache_nothing_is_read_or_kept(run, monkeypatch):
+    assert main(["--checkpoint", str(run), "knn", "--no-cache"]) == 0
+    assert not (run / "evaluation" / "features").exists()
+
+
+def test_precision_and_encoder_have_caches_of_their_own(run):
+    assert main(["--checkpoint", str(run), "knn"]) == 0
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert main(["--checkpoint", str(run), "knn", "--precision", "bfloat16"]) == 0
+    assert len(list((run / "evaluation" / "features").iterdir())) == 4
+
+
+def test_help_imports_neither_scikit_learn_nor_matplotlib(repository):
+    check = (
+        "import sys\nfrom varscale.evaluate import parse\n"
+        "try:\n    parse(['--help'])\nexcept SystemExit:\n    pass\n"
+        "print('loaded:', sorted({'sklearn', 'matplotlib', 'scipy', 'imagecorruptions', 'umap'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", check], cwd=repository, capture_output=True, text=True, timeout=100)
+    assert "loaded: []" in done.stdout, done.stdout + done.stderr
+    assert "knn.k=[20,200]" in done.stdout

@@ -26,8 +26,8 @@ for objective in varcon vssl; do
 done
 
 step "evaluating both, and the baselines"
-python -m varscale.evaluate --checkpoint runs/demo/varcon --data data/digits knn linear-cached --baselines >/dev/null
-python -m varscale.evaluate --checkpoint runs/demo/vssl --data data/digits knn linear-cached >/dev/null
+python -m varscale.evaluate --checkpoint runs/demo/varcon --data data/digits knn linear_cached --baselines >/dev/null
+python -m varscale.evaluate --checkpoint runs/demo/vssl --data data/digits knn linear_cached >/dev/null
 
 step "result"
 python tools/summary.py runs/demo/varcon runs/demo/vssl

@@ -13,7 +13,7 @@ from varscale.errors import UserError
 COLUMNS = {
     "kNN, k = 20": ("knn", "top1_k20"),
     "kNN, k = 200": ("knn", "top1_k200"),
-    "linear": ("linear-cached", "top1"),
+    "linear": ("linear_cached", "top1"),
 }
 CURVES = {  # of metrics.jsonl: title -> (kind, names)
     "loss": ("train", ("loss", "kl", "nll")),

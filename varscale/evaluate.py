@@ -1,9 +1,10 @@
 """The second program: measures what a frozen encoder has learned, beside raw pixels and the encoder before training.
 
-    python -m varscale.evaluate --checkpoint runs/cifar10-varcon --data data/cifar10 knn linear --baselines
+    python -m varscale.evaluate --checkpoint runs/cifar10-varcon knn few_shot few_shot.seeds=3 --baselines
 
 Also under `torchrun` or, on GPUs, `accelerate launch`: several ranks give the same numbers. The results go to a table
-on stdout and, added to what was measured before, to RUN/evaluation/CHECKPOINT.json.
+on stdout and, added to what was measured before, to RUN/evaluation/CHECKPOINT.json; pictures to the folder beside it.
+Features are kept in RUN/evaluation/features.
 """
 
 import argparse
@@ -11,7 +12,9 @@ import difflib
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 if not __package__:  # run as a file: its folder, first on sys.path, would hide other packages behind ours
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -21,20 +24,34 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from varscale.config import Config
-from varscale.data.dataset import DatasetInfo, check_beton, read_dataset_info
+from varscale.config import Config, Section, parse_section
+from varscale.data.dataset import DatasetInfo, read_dataset_info
 from varscale.data.geometry import CropSpec
+from varscale.engine.checkpoints import read_part
 from varscale.engine.launch import report_user_error
 from varscale.engine.rundir import find_checkpoint, run_config
 from varscale.errors import UserError
-from varscale.evaluation import EVALUATORS
-from varscale.evaluation.context import Context, Images, Place, Settings
+from varscale.evaluation import EVALUATORS, Settings
+from varscale.evaluation.cache import FeatureCache, tensors_digest
+from varscale.evaluation.context import Context, Place
 from varscale.evaluation.features import Encode
+from varscale.evaluation.images import Images, check_labelled
 from varscale.evaluation.results import Report
 from varscale.export import load_encoder, new_encoder, training_data
+from varscale.models.embedding import embedding_head
 
 PIXEL_SIDE = 32
 TRAINED, UNTRAINED, PIXELS = "trained", "untrained", "pixels"
+
+
+class Model(NamedTuple):
+    """What is measured: see `Context` for the parts."""
+
+    name: str
+    encode: Encode
+    encoder: nn.Module | None
+    head: nn.Module | None
+    digest: str
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -53,22 +70,38 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--checkpoint", type=Path, required=True, metavar="RUN", help="a run, or one checkpoint in it")
     add("--data", type=Path, metavar="DIR", help="a converted data set (default: the one of the run)")
-    add("evaluators", nargs="+", metavar="EVALUATOR", help=f"what to measure: {', '.join(EVALUATORS)}")
+    what = f"what to measure: {', '.join(EVALUATORS)}; and how: EVALUATOR.key=value, such as knn.k=[20,200]"
+    add("evaluators", nargs="+", metavar="EVALUATOR", help=what)
     add("--baselines", action="store_true", help="also measure raw pixels and the same encoder before training")
     add("--precision", choices=("float32", "bfloat16"), default="float32", help="of the encoder (default: %(default)s)")
     add("--batch-size", type=int, default=256, metavar="N", help="images encoded at a time (default: %(default)s)")
     add("--workers", type=int, default=0, metavar="N", help="loader threads (default: this machine's cores, shared)")
-    defaults = Settings()
-    add("--k", type=int, nargs="+", default=defaults.k, help="knn: numbers of neighbours (default: 20 200)")
-    add("--temperature", type=float, default=defaults.temperature, help="knn: of the votes (default: %(default)s)")
-    add("--linear-epochs", type=int, default=defaults.linear_epochs, metavar="N", help="linear (default: %(default)s)")
-    add("--linear-lr", type=float, default=defaults.linear_lr, metavar="LR", help="linear (default: %(default)s)")
-    return parser.parse_args(arguments)
+    add("--no-cache", action="store_true", help="neither read nor keep features in RUN/evaluation/features")
+    return parser.parse_intermixed_args(arguments)
+
+
+def choose_evaluators(words: list[str]) -> dict[str, Section]:
+    """The evaluators named among `words` with their settings, to which the others, `evaluator.key=value`, belong.
+
+    Raises UserError naming what is wrong and the nearest right name.
+    """
+    names = list(dict.fromkeys(word for word in words if "=" not in word))
+    overrides = [word for word in words if "=" in word]
+    for name in names:
+        if name not in EVALUATORS:
+            nearest = difflib.get_close_matches(name, EVALUATORS, 1, 0)[0]
+            raise UserError(f"unknown evaluator {name!r}; choose from {', '.join(EVALUATORS)}; nearest: {nearest}")
+    settings = parse_section(Settings, {}, "evaluators", overrides)
+    for override in overrides:
+        if (name := override.partition(".")[0]) not in names:
+            raise UserError(f"override {override!r}: {name} is not among the evaluators asked for; add its name")
+    return {name: getattr(settings, name) for name in names}
 
 
 def evaluate(options: argparse.Namespace) -> list[dict]:
     """Measure what `options` ask for, write and print it; returns the records written. Raises UserError."""
-    _check_options(options)
+    chosen = choose_evaluators(options.evaluators)
+    _check_numbers(options)
     run, checkpoint = find_checkpoint(options.checkpoint)
     config = run_config(run)
     directory = options.data or config.data.dir
@@ -87,25 +120,52 @@ def evaluate(options: argparse.Namespace) -> list[dict]:
         batch_size=options.batch_size,
         show_progress=accelerator.is_main_process,
     )
-    settings = Settings(tuple(options.k), options.temperature, options.linear_epochs, options.linear_lr)
+    folder = run / "evaluation"
+    cache = FeatureCache(folder / "features", rank=place.rank, device=place.device, gather=place.gather)
+    other_data = info.digest != trained_on.digest
     encoder, _, step = load_encoder(checkpoint, accelerator.device)
-    encodings = {TRAINED: lambda: frozen(encoder, config, accelerator)}
-    if options.baselines:
-        encodings[UNTRAINED] = lambda: frozen(new_encoder(config), config, accelerator)
-        encodings[PIXELS] = lambda: pixels
-    report = Report(run / "evaluation" / f"{checkpoint.name}.json", step, directory, info)
-    for model, make_encode in encodings.items():
-        context = Context(make_encode(), images, place, settings)
-        for name in dict.fromkeys(options.evaluators):
+    report = Report(folder / f"{checkpoint.name}.json", step, directory, info, other_data=other_data)
+    surroundings = {"precision": options.precision, "world_size": place.world_size}
+    for model in models(encoder, checkpoint, config, accelerator, options.baselines):
+        context = Context(
+            model.encode,
+            images,
+            place,
+            encoder=model.encoder,
+            head=model.head,
+            objective=config.objective,
+            digest=f"{model.digest} {options.precision}",
+            cache=None if options.no_cache else cache,
+        )
+        for name, settings in chosen.items():
             start = time.perf_counter()
-            result = EVALUATORS[name](context)
+            result = EVALUATORS[name].run(context, settings)
             if accelerator.is_main_process:
-                surroundings = {"precision": options.precision, "world_size": place.world_size}
-                report.add(model, name, result, surroundings | {"seconds": round(time.perf_counter() - start, 1)})
+                draw = getattr(EVALUATORS[name], "draw", None)
+                seconds = {"seconds": round(time.perf_counter() - start, 1)}
+                figure = draw(result.details) if draw else None
+                report.add(model.name, name, result, surroundings | seconds, figure)
     if accelerator.is_main_process:
         print(report.table())
     accelerator.end_training()
     return report.measured
+
+
+def models(
+    encoder: nn.Module, checkpoint: Path, config: Config, accelerator: Accelerator, baselines: bool
+) -> Iterator[Model]:
+    """What is to be measured, one after the other: the trained encoder and, where asked for, the baselines."""
+    head = embedding_head(read_part(checkpoint, "model"), encoder.feature_dim)
+    yield _model(TRAINED, encoder, head, config, accelerator)
+    if baselines:
+        yield _model(UNTRAINED, new_encoder(config), None, config, accelerator)
+        yield Model(PIXELS, pixels, None, None, f"pixels {PIXEL_SIDE}")
+
+
+def _model(name: str, encoder: nn.Module, head: nn.Module | None, config: Config, accelerator: Accelerator) -> Model:
+    encode = frozen(encoder, config, accelerator)
+    digest = f"{tensors_digest(encoder.state_dict())} {config.encoder.model_dump_json()}"
+    return Model(name, encode, encoder, head.to(accelerator.device) if head else None, digest)
 
 
 def frozen(encoder: nn.Module, config: Config, accelerator: Accelerator) -> Encode:
@@ -133,13 +193,14 @@ def open_images(directory: Path, info: DatasetInfo, trained_on: DatasetInfo, con
     crop = CropSpec(data.image_size, data.crop_scale, data.crop_ratio, data.flip, data.interpolation)
     return Images(
         directory,
-        info.num_classes,
+        info,
         random_crop=crop,
         mean=trained_on.mean,
         std=trained_on.std,
         seed=config.seed,
         workers=workers,
         decoder=data.loader,
+        policy=data.augmentation,
     )
 
 
@@ -156,30 +217,13 @@ def check_data(directory: Path, info: DatasetInfo, trained_on: DatasetInfo, conf
             f"--data {directory}: its images have at most {largest} pixels a side, but the run was trained on "
             f"images of {wanted} (data.image_size)"
         )
-    for split in ("train", "val"):
-        path = directory / f"{split}.beton"
-        summary = check_beton(path, num_classes=info.num_classes, require_labels=False)
-        if summary.labels is None:
-            raise UserError(f"{path}: has no labels, and accuracy cannot be measured without them")
-        if summary.num_samples != info.num_samples(split):
-            raise UserError(
-                f"{path}: holds {summary.num_samples} samples, but dataset.json says {info.num_samples(split)}"
-            )
+    check_labelled(directory, info)
 
 
-def _check_options(options: argparse.Namespace) -> None:
-    for name in options.evaluators:
-        if name not in EVALUATORS:
-            nearest = difflib.get_close_matches(name, EVALUATORS, 1, 0)[0]
-            raise UserError(f"unknown evaluator {name!r}; choose from {', '.join(EVALUATORS)}; nearest: {nearest}")
-    for key, least in {"batch_size": 1, "workers": 0, "linear_epochs": 1}.items():
+def _check_numbers(options: argparse.Namespace) -> None:
+    for key, least in {"batch_size": 1, "workers": 0}.items():
         if getattr(options, key) < least:
             raise UserError(f"--{key.replace('_', '-')} is {getattr(options, key)}, but must be at least {least}")
-    if min(options.k) < 1:
-        raise UserError(f"--k is {min(options.k)}, but must be at least 1")
-    for key in ("temperature", "linear_lr"):
-        if not 0 < getattr(options, key) < float("inf"):
-            raise UserError(f"--{key.replace('_', '-')} is {getattr(options, key)}, but must be positive and finite")
 
 
 def _workers() -> int:

@@ -89,15 +89,15 @@ def metrics(run: Path) -> dict[str, dict]:
 
 def test_two_processes_print_once_and_measure_what_one_does(run_and_data, torchrun):
     run, _ = run_and_data
-    arguments = ["--checkpoint", run, "knn", "linear", "linear-cached", "--k", 5, "--batch-size", 8]
-    arguments += ["--linear-epochs", 20, "--linear-lr", 1.0]
+    arguments = ["--checkpoint", run, "knn", "linear", "linear_cached", "knn.k=[5]", "--batch-size", 8]
+    arguments += ["linear.epochs=20", "linear.lr=1.0", "--no-cache"]
     AcceleratorState._reset_state(reset_partial_state=True)
     assert main([str(argument) for argument in arguments]) == 0
     alone = metrics(run)
     printed = execute(*torchrun, "-m", "varscale.evaluate", *arguments)
     together = metrics(run)
     assert {one["world_size"] for one in together.values()} == {2}
-    for name in ("knn", "linear", "linear-cached"):
+    for name in ("knn", "linear", "linear_cached"):
         assert together[name]["metrics"] == alone[name]["metrics"]
     assert printed.count("written to") == 1
     # An accuracy at chance or at 100 would agree whatever went wrong.

@@ -30,7 +30,7 @@ def make_run(folder, recipe, results):
 def test_one_table_over_runs_and_baselines(summary, tmp_path, capsys):
     varcon = [
         ("trained", "knn", {"top1_k20": 98.9, "top1_k200": 98.7}),
-        ("trained", "linear-cached", {"top1": 98.8, "top5": 100.0}),
+        ("trained", "linear_cached", {"top1": 98.8, "top5": 100.0}),
     ]
     baselines = [("untrained", "knn", {"top1_k20": 93.6}), ("pixels", "knn", {"top1_k20": 97.5})]
     first = make_run(tmp_path / "a", "digits-varcon", varcon + baselines)

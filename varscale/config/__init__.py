@@ -1,18 +1,20 @@
 """What a run is: typed, frozen configuration from a recipe and overrides, checked before anything heavy is imported."""
 
 from varscale.config.batch import BatchSizes, resolve_batch
-from varscale.config.loading import load_config, parse_config, recipe_names, to_yaml
-from varscale.config.schema import Config, SafetyConfig, VarConConfig, VSSLConfig
+from varscale.config.loading import load_config, parse_config, parse_section, recipe_names, to_yaml
+from varscale.config.schema import Config, SafetyConfig, Section, VarConConfig, VSSLConfig
 from varscale.config.zero import resolve_deepspeed, zero_stage
 
 __all__ = [
     "BatchSizes",
     "Config",
     "SafetyConfig",
+    "Section",
     "VSSLConfig",
     "VarConConfig",
     "load_config",
     "parse_config",
+    "parse_section",
     "recipe_names",
     "resolve_batch",
     "resolve_deepspeed",

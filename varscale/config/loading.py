@@ -4,13 +4,15 @@ import difflib
 from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from varscale.config.schema import Config
+from varscale.config.schema import Config, Section
 from varscale.errors import UserError
+
+Model = TypeVar("Model", bound=Section)
 
 
 def recipe_names() -> list[str]:
@@ -25,18 +27,25 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> Config:
 
     Raises UserError naming the recipe or key at fault and the nearest valid one.
     """
-    values = _read_recipe(recipe)
+    return parse_config(_read_recipe(recipe), recipe, overrides)
+
+
+def parse_config(values: dict[str, Any], source: str, overrides: Sequence[str] = ()) -> Config:
+    """Check plain values (from a recipe or a run's manifest) with `overrides`; `source` is named in errors."""
+    return parse_section(Config, values, source, overrides)
+
+
+def parse_section(model: type[Model], values: dict[str, Any], source: str, overrides: Sequence[str] = ()) -> Model:
+    """Make a model of plain values, into which `key.sub=value` overrides are written; `source` is named in errors.
+
+    Raises UserError naming the key at fault and the nearest valid one.
+    """
     for override in overrides:
-        _apply(values, override)
-    return parse_config(values, recipe)
-
-
-def parse_config(values: dict[str, Any], source: str) -> Config:
-    """Check plain values (from a recipe or a run's manifest); `source` is named in errors."""
+        _apply(values, override, model)
     try:
-        return Config.model_validate(values)
+        return model.model_validate(values)
     except ValidationError as error:
-        raise UserError(_explain(error.errors()[0], source)) from None
+        raise UserError(_explain(error.errors()[0], source, model)) from None
 
 
 def to_yaml(config: Config) -> str:
@@ -66,7 +75,7 @@ def _read_recipe(recipe: str) -> dict[str, Any]:
     return {"name": name, **values}
 
 
-def _apply(values: dict[str, Any], override: str) -> None:
+def _apply(values: dict[str, Any], override: str, model: type[Section]) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(f"override {override!r} is not of the form key.sub=value")
@@ -81,22 +90,23 @@ def _apply(values: dict[str, Any], override: str) -> None:
             place[section] = {}
         place = place[section]
         if not isinstance(place, dict):
-            raise UserError(f"override {override!r}: {section} is a value, not a section{_nearest(key, _all_keys())}")
+            nearest = _nearest(key, _all_keys(model))
+            raise UserError(f"override {override!r}: {section} is a value, not a section{nearest}")
     place[last] = value
 
 
-def _explain(error: Any, source: str) -> str:
+def _explain(error: Any, source: str, model: type[Section]) -> str:
     """One line for pydantic's first error."""
     key = _key(error["loc"])
     if error["type"] == "extra_forbidden":
-        return f"{source}: unknown key {key!r}{_nearest_key(key)}"
+        return f"{source}: unknown key {key!r}{_nearest_key(key, model)}"
     if error["type"] == "missing":
         *section, last = error["loc"]
         if isinstance(last, int):
             return f"{source}: {_key(section)} needs {last + 1} values, found {len(error['input'])}"
         return f"{source}: the key {key!r} is missing"
     if error["type"] == "model_type":
-        inside = [k for k in _all_keys() if k.startswith(f"{key}.")]
+        inside = [k for k in _all_keys(model) if k.startswith(f"{key}.")]
         return f"{source}: {key} is a section, not a value; set one of {', '.join(inside)}"
     if error["type"] == "value_error":
         return f"{source}: {error['ctx']['error']}"
@@ -119,8 +129,8 @@ def _key(location: Sequence[str | int]) -> str:
     return ".".join(parts)
 
 
-def _all_keys() -> list[str]:
-    return sorted(set(_walk(Config, "")))
+def _all_keys(model: type[Section]) -> list[str]:
+    return sorted(set(_walk(model, "")))
 
 
 def _walk(model: type[BaseModel], prefix: str) -> Iterator[str]:
@@ -133,14 +143,15 @@ def _walk(model: type[BaseModel], prefix: str) -> Iterator[str]:
             yield from _walk(inner, f"{prefix}{name}.")
 
 
-def _nearest_key(key: str) -> str:
+def _nearest_key(key: str, model: type[Section]) -> str:
     """A key of the same last name anywhere, else the most similar one in the same section, else anywhere."""
     section, _, last = key.rpartition(".")
-    elsewhere = [k for k in _all_keys() if k.rpartition(".")[2] == last]
+    keys = _all_keys(model)
+    elsewhere = [k for k in keys if k.rpartition(".")[2] == last]
     if elsewhere:
         return f"; nearest: {elsewhere[0]}"
-    same_section = [k for k in _all_keys() if k.rpartition(".")[0] == section]
-    return _nearest(key, same_section) or _nearest(key, _all_keys())
+    same_section = [k for k in keys if k.rpartition(".")[0] == section]
+    return _nearest(key, same_section) or _nearest(key, keys)
 
 
 def _nearest(word: str, choices: Sequence[str]) -> str:

@@ -6,7 +6,8 @@ RUN/metrics.jsonl             one JSON object a line: `{"kind": "train" | "knn" 
 RUN/checkpoints/step-00000042 state.json, safetensors and their checksums (see checkpoints.py)
 RUN/checkpoints/latest        a link to the newest
 RUN/checkpoints/best          a link to that with the best kNN accuracy, where it is measured while training
-RUN/evaluation/               what evaluate.py measured, one JSON a checkpoint
+RUN/evaluation/               what evaluate.py measured: one JSON a checkpoint, beside it a folder of its pictures, and
+                              features/, kept under the digest of what made them
 RUN/slurm/                    its jobs' logs and the code they run (see varscale/cluster/submission.py)
 RUN/tensorboard/, RUN/plots/
 """

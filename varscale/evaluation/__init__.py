@@ -1,9 +1,25 @@
-"""What can be measured on a frozen encoder: one evaluator a file, each a function from Context to Result."""
+"""What can be measured on a frozen encoder: one evaluator a file, and here the table of them.
 
+An evaluator is a module with a frozen class `Settings` (a `varscale.config.Section`), whose keys and defaults are those
+of the command line, and a function `run(context, settings) -> Result`, which every rank calls. Where it has a picture,
+a function `draw(details) -> matplotlib Figure` makes it of the result's details. Another evaluator is one more file and
+one more line. Scikit-learn and matplotlib are imported inside functions: --help does without.
+"""
+
+from types import ModuleType
+
+from pydantic import create_model
+
+from varscale.config import Section
 from varscale.evaluation import knn, linear, linear_cached
 
-EVALUATORS = {
-    "knn": knn.run,
-    "linear": linear.run,
-    "linear-cached": linear_cached.run,
+EVALUATORS: dict[str, ModuleType] = {
+    "knn": knn,
+    "linear": linear,
+    "linear_cached": linear_cached,
 }
+
+Settings = create_model(
+    "Settings", __base__=Section, **{name: (module.Settings, module.Settings()) for name, module in EVALUATORS.items()}
+)
+"""The settings of all evaluators, each under its name."""

@@ -1,29 +1,25 @@
 """What an evaluator is given and what it gives back: one frozen encoder on one converted data set."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-from varscale.data.augment import Augmentation
-from varscale.data.decoders import Decoder
-from varscale.data.geometry import CropSpec
-from varscale.data.loader import ViewLoader
+from varscale.config import Section
+from varscale.data.dataset import DatasetInfo
+from varscale.evaluation.cache import FeatureCache
 from varscale.evaluation.features import Encode, Features, Gather, encode_batches, extract_features, gather_rows
+from varscale.evaluation.images import Images
 
-
-@dataclass(frozen=True)
-class Settings:
-    """What a person may choose; recorded with every result."""
-
-    k: tuple[int, ...] = (20, 200)
-    temperature: float = 0.07
-    linear_epochs: int = 100
-    linear_lr: float = 5.0
+Layer = Literal["features", "embeddings"]
+CHUNK = 4096
+PERCENT, NUMBER = "%", ""
 
 
 @dataclass(frozen=True)
@@ -37,47 +33,39 @@ class Place:
     batch_size: int = 256
     show_progress: bool = False
 
-
-class Images:
-    """A converted data set as evaluation reads it: a deterministic crop, or a random crop and flip as in training."""
-
-    def __init__(
-        self,
-        directory: Path,
-        num_classes: int,
-        *,
-        random_crop: CropSpec,
-        mean: tuple[float, float, float],
-        std: tuple[float, float, float],
-        seed: int,
-        workers: int,
-        decoder: Decoder = "ffcv",
-    ):
-        self.directory, self.num_classes = directory, num_classes
-        self.mean, self.std, self.seed, self.workers = mean, std, seed, workers
-        self.random_crop, self.decoder = random_crop, decoder
-        size = random_crop.size
-        self.whole_crop = CropSpec(size=size, scale=None, flip=0.0, interpolation=random_crop.interpolation)
-        self.normalise = Augmentation("none", views=1, image_size=size, mean=mean, std=std, seed=seed)
-        self._loaders: dict[tuple[str, CropSpec], ViewLoader] = {}
-
-    def loader(self, split: str, crop: CropSpec) -> ViewLoader:
-        """The loader of "train" or "val"; opened once, for its decoder is compiled on first use."""
-        key = (split, crop)
-        if key not in self._loaders:
-            path = self.directory / f"{split}.beton"
-            self._loaders[key] = ViewLoader(path, [crop], seed=self.seed, workers=self.workers, decoder=self.decoder)
-        return self._loaders[key]
+    @property
+    def sharing(self) -> dict:
+        """How the ranks share the images to be encoded, as `encode_batches` takes it."""
+        return {
+            "rank": self.rank,
+            "world_size": self.world_size,
+            "batch_size": self.batch_size,
+            "device": self.device,
+            "gather": self.gather,
+        }
 
 
 @dataclass
 class Context:
-    """One frozen encoder on one data set; what several evaluators need is computed once, when first asked for."""
+    """One frozen encoder on one data set; what several evaluators need is computed once, when first asked for.
+
+    Attributes:
+        encode: images to features, as `features.Encode` says.
+        images: the data set. place: this process among the others.
+        encoder: the network behind `encode`; None where there is none, as for raw pixels.
+        head: what training put behind the encoder, features (N, d) -> unit-norm embeddings (N, D); None without one.
+        objective: what it was trained with.
+        digest: of all that `encode` depends on; features are kept in `cache` under it, where there is one.
+    """
 
     encode: Encode
     images: Images
     place: Place
-    settings: Settings = field(default_factory=Settings)
+    encoder: nn.Module | None = None
+    head: nn.Module | None = None
+    objective: Section | None = None
+    digest: str = ""
+    cache: FeatureCache | None = None
 
     @property
     def num_classes(self) -> int:
@@ -93,44 +81,92 @@ class Context:
         """Features of the validation split, evaluation crop."""
         return self._extract("val")
 
+    def unit(self, split: Literal["train", "val"], layer: Layer) -> Features:
+        """Unit-norm features of a split, or embeddings; without a head features stand for them, see `layer_notes`."""
+        samples = self.train if split == "train" else self.val
+        return samples._replace(features=self.project(samples.features, layer))
+
+    @torch.no_grad()
+    def project(self, features: Tensor, layer: Layer) -> Tensor:
+        """Features (N, d) -> unit-norm (N, d), or (N, D) embeddings, in float32 on the CPU."""
+        head = self.head if layer == "embeddings" else None
+        parts = features.split(CHUNK)
+        if head is not None:
+            parts = (head(part.to(self.place.device)).float().cpu() for part in parts)
+        return torch.cat([F.normalize(part) for part in parts])
+
+    def layer_notes(self, layer: Layer) -> tuple[str, ...]:
+        """What a reader must know of `unit(..., layer)`."""
+        if layer == "embeddings" and self.head is None:
+            return ("there is no projection head: unit-norm features stand for embeddings",)
+        return ()
+
     def augmented(self, order: np.ndarray, epoch: int) -> Iterator[Features]:
         """Features of training samples `order: (N,) int64` under random crops and flips; see `encode_batches`."""
-        place = self.place
-        return encode_batches(
-            self.encode,
-            self.images.loader("train", self.images.random_crop),
-            self.images.normalise.to(place.device),
-            order,
-            epoch=epoch,
-            rank=place.rank,
-            world_size=place.world_size,
-            batch_size=min(place.batch_size, len(order)),
-            device=place.device,
-            gather=place.gather,
-        )
+        loader = self.images.loader("train", self.images.random_crop)
+        normalise = self.images.normalise.to(self.place.device)
+        sharing = self.place.sharing | {"batch_size": min(self.place.batch_size, len(order))}
+        return encode_batches(self.encode, loader, normalise, order, epoch=epoch, **sharing)
+
+    def view(self, split: str, order: np.ndarray, view: int) -> Features:
+        """Features of samples `order: (N,) int64` in one of the views that training would make of them."""
+        images = self.images
+        crop, policy = images.random_crop, images.policy
+        loader = images.loader(split, crop)
+        augmentation = images.augmentation(view).to(self.place.device)
+        sharing = self.place.sharing | {"batch_size": min(self.place.batch_size, len(order))}
+
+        def make() -> Features:
+            # The loader gives every view the number 0; crops that differ are those of different epochs.
+            stream = encode_batches(self.encode, loader, augmentation, order, epoch=view, **sharing)
+            return Features(*(torch.cat(column).cpu() for column in zip(*stream, strict=True)))
+
+        origin = {"split": split, "crop": asdict(crop), "policy": policy, "view": view, "order": order.tolist()}
+        return self._kept(origin | {"seed": images.seed}, make)
+
+    def on(self, directory: Path, info: DatasetInfo) -> "Context":
+        """The same encoder on another data set."""
+        return replace(self, images=self.images.of(directory, info))
 
     def _extract(self, split: str) -> Features:
-        place = self.place
-        return extract_features(
-            self.encode,
-            self.images.loader(split, self.images.whole_crop),
-            self.images.normalise.to(place.device),
-            rank=place.rank,
-            world_size=place.world_size,
-            batch_size=place.batch_size,
-            device=place.device,
-            gather=place.gather,
-            progress=f"features of {split}" if place.show_progress else None,
-        )
+        images, place = self.images, self.place
+
+        def make() -> Features:
+            return extract_features(
+                self.encode,
+                images.loader(split, images.whole_crop),
+                images.normalise.to(place.device),
+                progress=f"features of {split}" if place.show_progress else None,
+                **place.sharing,
+            )
+
+        return self._kept({"split": split, "crop": asdict(images.whole_crop)}, make)
+
+    def _kept(self, origin: dict, make: Callable[[], Features]) -> Features:
+        if self.cache is None:
+            return make()
+        images = self.images
+        surroundings = {"mean": images.mean, "std": images.std, "decoder": images.decoder}
+        everything = origin | surroundings | {"model": self.digest, "data": images.info.digest}
+        return self.cache.get(everything, make)
 
 
 @dataclass(frozen=True)
 class Result:
-    """What an evaluator found: accuracies in percent by name, how they came about, and what a reader must know."""
+    """What an evaluator found.
+
+    Attributes:
+        metrics: numbers by name, in percent unless `units` says otherwise.
+        settings: how they came about. notes: what a reader must know.
+        units: of metrics, PERCENT or NUMBER; percent for those left out.
+        details: what tables and pictures are made of, as JSON knows it.
+    """
 
     metrics: dict[str, float]
     settings: dict[str, object]
     notes: tuple[str, ...] = ()
+    units: dict[str, str] = field(default_factory=dict)
+    details: dict[str, object] = field(default_factory=dict)
 
 
 def count_hits(scores: Tensor, labels: Tensor) -> Tensor:

@@ -121,16 +121,16 @@ def encode_batches(
     positions = evaluation_shard(len(order), batch_size, rank, world_size)
     with closing(loader.batches(np.where(positions >= 0, order[positions], -1), epoch)) as batches:
         for batch in batches:
-            indices = _fill(batch.indices, batch_size, -1)
-            images = _fill(batch.images[0], batch_size, 0).to(device, non_blocking=True)
-            labels = gather(_fill(batch.labels, batch_size, -1).to(device))
+            indices = fill(batch.indices, batch_size, -1)
+            images = fill(batch.images[0], batch_size, 0).to(device, non_blocking=True)
+            labels = gather(fill(batch.labels, batch_size, -1).to(device))
             features = gather(encode(augmentation(images, indices, epoch)).float())
             indices = gather(indices.to(device))
             kept = indices >= 0
             yield Features(features[kept], labels[kept], indices[kept])
 
 
-def _fill(rows: Tensor, count: int, value: int) -> Tensor:
+def fill(rows: Tensor, count: int, value: int) -> Tensor:
     """Append rows of `value` until there are `count`."""
     if len(rows) == count:
         return rows

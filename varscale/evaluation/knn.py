@@ -1,18 +1,29 @@
 """k-nearest-neighbour accuracy: validation samples take a weighted vote of the training samples most like them."""
 
+from typing import Annotated
+
 import torch
+from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 from torch.nn import functional as F
 
+from varscale.config import Section
 from varscale.evaluation.context import Context, Result, count_hits, percent
 from varscale.evaluation.features import Features, Gather, gather_rows
 
 BANK_CHUNK, QUERY_CHUNK = 32768, 512
 
 
-def run(context: Context) -> Result:
+class Settings(Section):
+    """k: numbers of neighbours. temperature: of their votes."""
+
+    k: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (20, 200)
+    temperature: PositiveFloat = 0.07
+
+
+def run(context: Context, settings: Settings) -> Result:
     """kNN top-1 and top-5 for every k of the settings."""
-    settings, place = context.settings, context.place
+    place = context.place
     metrics = knn_accuracy(
         context.train,
         context.val,

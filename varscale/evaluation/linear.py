@@ -3,10 +3,12 @@
 from collections.abc import Iterable, Iterator
 
 import torch
+from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from varscale.config import Section
 from varscale.data.sampling import epoch_order
 from varscale.evaluation.context import Context, Result, count_hits, percent
 from varscale.evaluation.features import Features
@@ -15,17 +17,24 @@ BATCH_SIZE, MOMENTUM = 1024, 0.9
 MILESTONES, GAMMA = (0.60, 0.75, 0.90), 0.2  # of all epochs: the papers' 60, 75 and 90 of 100
 
 
-def run(context: Context) -> Result:
+class Settings(Section):
+    """epochs: over the training images. lr: at first."""
+
+    epochs: PositiveInt = 100
+    lr: PositiveFloat = 5.0
+
+
+def run(context: Context, settings: Settings) -> Result:
     """Top-1 and top-5 of the protocol in VarCon's and SupCon's code: SGD, batch 1024, lr 5.0, momentum 0.9, no decay,
     100 epochs, lr x 0.2 at 60, 75 and 90; crops and flips as the encoder was trained with.
 
     The rate is made for the features of a trained ResNet. On others, pixels and untrained encoders among them, it can
-    be far too high; linear-cached chooses its own and is the fairer comparison there.
+    be far too high; linear_cached chooses its own and is the fairer comparison there.
 
     Every rank encodes its share of a batch, then all make the same update on all of its features: the answer does not
     depend on the number of ranks.
     """
-    epochs, lr = context.settings.linear_epochs, context.settings.linear_lr
+    epochs, lr = settings.epochs, settings.lr
     samples, device = context.images.loader("train", context.images.random_crop).num_samples, context.place.device
     batch_size = min(BATCH_SIZE, samples)
     probe = LinearProbe(context.val.features.shape[1], context.num_classes, device)
@@ -38,9 +47,9 @@ def run(context: Context) -> Result:
             bar.update()
     hits = probe.count_hits(context.val)
     total = len(context.val.labels)
-    settings = {"epochs": epochs, "lr": lr, "momentum": MOMENTUM, "weight_decay": 0.0, "batch_size": batch_size}
-    settings |= {"milestones": list(MILESTONES), "gamma": GAMMA}
-    return Result({"top1": percent(hits[0], total), "top5": percent(hits[1], total)}, settings)
+    described = {"epochs": epochs, "lr": lr, "momentum": MOMENTUM, "weight_decay": 0.0, "batch_size": batch_size}
+    described |= {"milestones": list(MILESTONES), "gamma": GAMMA}
+    return Result({"top1": percent(hits[0], total), "top5": percent(hits[1], total)}, described)
 
 
 def learning_rate(lr: float, epoch: int, epochs: int) -> float:

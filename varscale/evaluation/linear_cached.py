@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from varscale.config import Section
 from varscale.data.sampling import epoch_order
 from varscale.evaluation.context import Context, Result, count_hits, percent
 from varscale.evaluation.features import Features
@@ -50,27 +51,36 @@ class Standardise(NamedTuple):
         return (features - self.mean.to(features)) * self.scale.to(features)
 
 
-def run(context: Context) -> Result:
+class Settings(Section):
+    """Nothing to choose: it chooses by itself."""
+
+
+def run(context: Context, settings: Settings) -> Result:
     """Top-1 and top-5 of softmax regression on features of the evaluation crop, learning rate and weight decay chosen
     on a tenth of the training samples and then trained on all of them; the validation samples choose nothing.
 
     Every rank computes the same from the same cached features.
     """
-    train, val, device = context.train, context.val, context.place.device
+    layer, described = chosen_layer(context)
+    hits, total = layer.count_hits(context.val)[0], len(context.val.labels)
+    return Result({"top1": percent(hits[0], total), "top5": percent(hits[1], total)}, described)
+
+
+def chosen_layer(context: Context) -> tuple["LinearLayers", dict[str, object]]:
+    """The linear classifier of the context's training features, and how it came about."""
+    train, device = context.train, context.place.device
     seed, show = context.images.seed, context.place.show_progress
-    settings = [Setting(lr, decay) for lr in LEARNING_RATES for decay in WEIGHT_DECAYS]
-    chosen = choose(train, settings, context.num_classes, seed=seed, device=device, show_progress=show)
+    candidates = [Setting(lr, decay) for lr in LEARNING_RATES for decay in WEIGHT_DECAYS]
+    chosen = choose(train, candidates, context.num_classes, seed=seed, device=device, show_progress=show)
     layer = fit(train, [chosen], context.num_classes, seed=seed, device=device, show_progress=show)
-    hits, total = layer.count_hits(val)[0], len(val.labels)
-    described = {
+    return layer, {
         "lr": chosen.lr,
         "weight_decay": chosen.weight_decay,
-        "candidates": len(settings),
+        "candidates": len(candidates),
         "epochs": num_epochs(len(train.labels)),
         "batch_size": min(BATCH_SIZE, len(train.labels)),
         "features": "standardised",
     }
-    return Result({"top1": percent(hits[0], total), "top5": percent(hits[1], total)}, described)
 
 
 def choose(

@@ -9,7 +9,8 @@ from varscale.config import Config
 from varscale.data.dataset import DatasetInfo
 from varscale.data.geometry import CropSpec
 from varscale.evaluation import knn
-from varscale.evaluation.context import Context, Images, Place, Settings
+from varscale.evaluation.context import Context, Place
+from varscale.evaluation.images import Images
 
 
 class OnlineKNN:
@@ -36,11 +37,11 @@ class OnlineKNN:
         self.network, self.place, self.heartbeat = network, place, heartbeat
         self.accuracy = f"top1_k{config.online_knn.k}"
         self.autocast = config.compute.precision == "bfloat16"
-        self.settings = Settings(k=(config.online_knn.k,), temperature=config.online_knn.temperature)
+        self.settings = knn.Settings(k=(config.online_knn.k,), temperature=config.online_knn.temperature)
         data = config.data
         self.images = Images(
             data.dir,
-            info.num_classes,
+            info,
             random_crop=CropSpec(data.image_size, data.crop_scale, interpolation=data.interpolation),
             mean=info.mean,
             std=info.std,
@@ -57,7 +58,7 @@ class OnlineKNN:
         """Top-1, by the name `accuracy`, and top-5 in percent. Every rank must call it."""
         self.network.eval()
         try:
-            return knn.run(Context(self._encode, self.images, self.place, self.settings)).metrics
+            return knn.run(Context(self._encode, self.images, self.place), self.settings).metrics
         finally:
             self.network.train()
 

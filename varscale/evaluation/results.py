@@ -1,12 +1,17 @@
 """What was measured on one checkpoint: a JSON file that grows with every result, and a table to read."""
 
 import json
+import math
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from varscale.data.dataset import DatasetInfo
 from varscale.errors import UserError
-from varscale.evaluation.context import Result
+from varscale.evaluation.context import PERCENT, Result
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PACKAGES = ("varscale", "torch", "torchvision", "accelerate", "numpy")
 
@@ -14,24 +19,32 @@ PACKAGES = ("varscale", "torch", "torchvision", "accelerate", "numpy")
 class Report:
     """The results of one checkpoint on one data set.
 
-    `path`: the JSON file, written anew with every result: {"checkpoint", "step", "results": [record, ...]}, where a
-    record tells the model, the evaluator, its metrics in percent, its settings, the data and the versions of packages.
+    `path`: the JSON file, written anew with every result: {"checkpoint", "step", "results": [record, ...]}, a record a
+    line. It tells the model, the evaluator, its metrics, their units ("%", or "" for plain numbers), its settings,
+    details and picture (a file beside `path`, or null), the data and the versions of packages. null is a number that
+    is not finite. `other_data`: these are not the data that the run was trained on.
     """
 
-    def __init__(self, path: Path, step: int, directory: Path, info: DatasetInfo):
+    def __init__(self, path: Path, step: int, directory: Path, info: DatasetInfo, *, other_data: bool = False):
         self.path, self.step, self.directory, self.info = path, step, directory, info
+        self.suffix = [info.digest[:8]] if other_data else []  # of the pictures' names
         self.measured: list[dict] = []
         self.notes: list[str] = []
 
-    def add(self, model: str, evaluator: str, result: Result, surroundings: dict) -> None:
+    def add(
+        self, model: str, evaluator: str, result: Result, surroundings: dict, figure: "Figure | None" = None
+    ) -> None:
         """Record one result, in place of an older one of the same model and evaluator on the same data."""
         info = self.info
         record = {
             "model": model,
             "evaluator": evaluator,
             "metrics": result.metrics,
+            "units": {name: result.units.get(name, PERCENT) for name in result.metrics},
             "settings": result.settings,
             "notes": list(result.notes),
+            "picture": self._draw(figure, model, evaluator) if figure else None,
+            "details": result.details,
             **surroundings,
             "data": {
                 "dir": str(self.directory),
@@ -42,28 +55,41 @@ class Report:
             },
             "versions": {name: version(name) for name in PACKAGES},
         }
+        record = _finite(record)
         self.measured.append(record)
         self.notes += [f"{model}, {evaluator}: {note}" for note in result.notes]
         self._write(record)
 
     def table(self) -> str:
-        """What was measured just now, one row a metric and one column a model, in percent."""
+        """What was measured just now, one row a metric and one column a model."""
         info, models = self.info, list(dict.fromkeys(record["model"] for record in self.measured))
-        rows: dict[tuple[str, str], dict[str, float]] = {}
+        rows: dict[tuple[str, str, str], dict[str, float]] = {}
         for record in self.measured:
             for metric, value in record["metrics"].items():
-                rows.setdefault((record["evaluator"], metric), {})[record["model"]] = value
+                row = record["evaluator"], metric, record["units"][metric]
+                rows.setdefault(row, {})[record["model"]] = value
         widths = [max(len(key[i]) for key in rows) for i in (0, 1)]
         lines = [
             f"{self.path.parents[1]}, step {self.step}, on {self.directory}: {info.num_samples('val')} validation and "
-            f"{info.num_samples('train')} training images of {info.num_classes} classes; accuracy in percent",
+            f"{info.num_samples('train')} training images of {info.num_classes} classes",
             "",
-            f"{'':{sum(widths) + 2}}" + "".join(f"{model:>12}" for model in models),
+            f"{'':{sum(widths) + 5}}" + "".join(f"{model:>12}" for model in models),
         ]
-        for (evaluator, metric), values in rows.items():
-            numbers = "".join(f"{values[model]:12.2f}" for model in models)
-            lines.append(f"{evaluator:{widths[0]}}  {metric:{widths[1]}}{numbers}")
+        for (evaluator, metric, unit), values in rows.items():
+            numbers = "".join(f"{_shown(values.get(model), unit):>12}" for model in models)
+            lines.append(f"{evaluator:{widths[0]}}  {metric:{widths[1]}}  {unit or '-'}{numbers}")
         return "\n".join([*lines, "", *self.notes, f"written to {self.path}"])
+
+    def _draw(self, figure: "Figure", model: str, evaluator: str) -> str:
+        """Save a picture; returns its path beside the JSON file."""
+        folder = self.path.with_suffix("")
+        name = "-".join([evaluator, *([model] if model != "trained" else []), *self.suffix])
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            figure.savefig(folder / f"{name}.png", dpi=120)
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
+        return f"{folder.name}/{name}.png"
 
     def _write(self, record: dict) -> None:
         content = {"checkpoint": self.path.stem, "step": self.step}
@@ -72,12 +98,34 @@ class Report:
             content["results"] = [one for one in older if _subject(one) != _subject(record)] + [record]
             self.path.parent.mkdir(exist_ok=True)
             aside = self.path.with_suffix(".json.tmp")
-            aside.write_text(json.dumps(content, indent=1) + "\n")
+            aside.write_text(_one_record_a_line(content))
             aside.replace(self.path)
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written ({error.strerror})") from None
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{self.path}: not a file of results; move it away and measure again") from None
+
+
+def _one_record_a_line(content: dict) -> str:
+    """JSON in which details of thousands of numbers do not take a line each."""
+    head = json.dumps({key: value for key, value in content.items() if key != "results"})
+    records = ",\n".join(json.dumps(record, allow_nan=False) for record in content["results"])
+    return f'{head[:-1]}, "results": [\n{records}\n]}}\n'
+
+
+def _finite(value: object) -> object:
+    """The same with None for numbers that are not finite, which JSON does not know."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _shown(value: float | None, unit: str) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.2f}" if unit == PERCENT else f"{value:.4f}"
 
 
 def _subject(record: dict) -> tuple[str, str, str]:
