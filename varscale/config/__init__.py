@@ -2,10 +2,12 @@
 
 from varscale.config.batch import BatchSizes, resolve_batch
 from varscale.config.loading import load_config, parse_config, recipe_names, to_yaml
-from varscale.config.schema import Config, SafetyConfig, VarConConfig, VSSLConfig
+from varscale.config.objectives import OBJECTIVES, VarConConfig, VSSLConfig
+from varscale.config.schema import Config, SafetyConfig
 from varscale.config.zero import resolve_deepspeed, zero_stage
 
 __all__ = [
+    "OBJECTIVES",
     "BatchSizes",
     "Config",
     "SafetyConfig",
