@@ -7,7 +7,7 @@ from pathlib import Path
 import yaml
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, field_validator
 
-from varscale.config.schema import Section
+from varscale.config.section import Section
 from varscale.errors import UserError
 
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<fields>\d+(?::\d+){0,2})")

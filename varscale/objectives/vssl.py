@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from varscale.objectives.collapse import cosine, direction_moments
+
 
 class Gaussian(NamedTuple):
     """A diagonal Gaussian per sample; wherever one is expected a plain pair (mean, logvar) will do."""
@@ -53,8 +55,7 @@ def vssl_loss(
     Returns:
         The loss, a scalar in float32 (float64 for float64 input), and its terms, detached: the scalars `kl` and `nll`;
         `prior` where it has a weight; `cosine` between the student's and teacher's means; `logvar_mean`, `logvar_min`,
-        `logvar_max` of the student, after the bounds; and what `spread` needs: `direction` (V, d), each view's average
-        of the student's normalised mean, and `direction_square`, the average square of its norm.
+        `logvar_max` of the student, after the bounds; and the `direction_moments` of the student's means.
 
     Raises:
         ValueError: an argument of another type, shape or range.
@@ -78,18 +79,6 @@ def vssl_loss(
             loss = loss + prior_weight * terms["prior"]
         terms |= _diagnostics(student, teacher)
     return loss, {name: term.detach() for name, term in terms.items()}
-
-
-def spread(direction: Tensor, direction_square: Tensor) -> Tensor:
-    """How far the latent means of a batch point apart: 1 where evenly over the sphere, 0 after a collapse to one point.
-
-    The standard deviation over samples of the normalised mean, sqrt(d) times its root mean square over dimensions and
-    views. Within each view, since a constant difference between views would hide that all samples are alike.
-
-    Args:
-        direction, direction_square: terms of `vssl_loss`, or their averages over the parts of a batch.
-    """
-    return (direction_square - direction.square().sum(dim=1).mean()).clamp(min=0).sqrt()
 
 
 def soft_clamp(values: Tensor, low: float, high: float) -> Tensor:
@@ -133,7 +122,7 @@ def _euclidean_terms(student: Gaussian, teacher: Gaussian) -> tuple[Tensor, Tens
 def _cosine_terms(student: Gaussian, teacher: Gaussian) -> tuple[Tensor, Tensor]:
     """The same with 2 (1 - cos) for the squared distance of the means: averaged over dimensions, less constants."""
     difference = student.logvar - teacher.logvar
-    half_squared_distance = 1 - _cosine(student.mean, teacher.mean)
+    half_squared_distance = 1 - cosine(student.mean, teacher.mean)
     kl = (difference.exp() - difference - 1).mean(dim=1) / 2 + half_squared_distance * (-teacher.logvar).exp().mean(1)
     nll = (student.logvar + (-difference).exp()).mean(dim=1) / 2
     nll = nll + half_squared_distance * (-student.logvar).exp().mean(dim=1)
@@ -154,26 +143,13 @@ def _diagnostics(student: Sequence[Gaussian], teacher: Sequence[Gaussian]) -> di
     """The terms that show a collapse; see `vssl_loss`."""
     pairs = _pairs(student, teacher)
     logvar = torch.stack([view.logvar for view in student])
-    directions = torch.stack([_normalised(view.mean) for view in student])
     return {
-        "cosine": torch.stack([_cosine(student[a].mean, teacher[b].mean).mean() for a, b in pairs]).mean(),
+        "cosine": torch.stack([cosine(student[a].mean, teacher[b].mean).mean() for a, b in pairs]).mean(),
         "logvar_mean": logvar.mean(),
         "logvar_min": logvar.min(),
         "logvar_max": logvar.max(),
-        "direction": directions.mean(dim=1),
-        "direction_square": directions.square().sum(dim=2).mean(),
+        **direction_moments([view.mean for view in student]),
     }
-
-
-def _cosine(first: Tensor, second: Tensor) -> Tensor:
-    """Cosine of the angle between rows, (N, d) and (N, d) -> (N,); 0, with zero gradient, where a row is zero."""
-    return (_normalised(first) * _normalised(second)).sum(dim=1)
-
-
-def _normalised(vectors: Tensor) -> Tensor:
-    """Rows of (N, d) scaled to unit norm; a row too short for its squares to be represented becomes the zero vector."""
-    norm = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
-    return vectors / norm.where(norm > math.sqrt(torch.finfo(norm.dtype).tiny), torch.inf)
 
 
 def _bounded(view: Gaussian, logvar_bounds: tuple[float, float]) -> Gaussian:
