@@ -48,6 +48,7 @@ MISTAKES = [
     ("digits-varcon", ["lr=1"], "unknown key 'lr'; nearest: optimizer.lr"),
     ("digits-varcon", ["objective.predictor=true"], "unknown key 'objective.predictor'"),
     ("digits-varcon", ["objective.epsilon=0.1"], "objective.epsilon is 0.1"),
+    ("digits-varcon", ["objective.kl_weight=0", "objective.nll_weight=0"], "nothing would be learned"),
     ("digits-varcon", ["objective.name=varco"], "nearest: varcon"),
     ("digits-varcon", ["encoder.name=resnet51"], "nearest: resnet50"),
     ("digits-varcon", ["encoder.name=vit_s"], "encoder.stem: vit_s has none"),

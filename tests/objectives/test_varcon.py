@@ -26,7 +26,9 @@ def random_batch(num_samples, width, num_classes, seed, dtype=torch.float64):
     return F.normalize(z).to(dtype), labels
 
 
-def literal_varcon(z, labels, temperature, epsilon, detach_target=False, detach_centroids=True):
+def literal_varcon(
+    z, labels, temperature, epsilon, detach_target=False, detach_centroids=True, kl_weight=1.0, nll_weight=1.0
+):
     """Eqs. 7-13 as printed: softmax, one-hot indicator and an explicit target distribution."""
     classes = labels.unique()
     onehot = (labels[:, None] == classes).to(z)
@@ -40,7 +42,7 @@ def literal_varcon(z, labels, temperature, epsilon, detach_target=False, detach_
     q = weight / weight.sum(1, keepdim=True)
     kl = (q * (q.log() - p.log())).sum(1).mean()
     nll = -confidence.log().mean()
-    return kl + nll, {"kl": kl, "nll": nll, "tau2": tau2, "confidence": confidence}
+    return kl_weight * kl + nll_weight * nll, {"kl": kl, "nll": nll, "tau2": tau2, "confidence": confidence}
 
 
 def loss_and_gradient(function, z, *args, **kwargs):
@@ -111,6 +113,17 @@ def test_gradient_through_centroids(num_classes, detach_target):
     assert torch.autograd.gradcheck(
         lambda z: varcon_loss(z, labels, num_classes, detach_centroids=False, temperature=0.5)[0], z.requires_grad_()
     )
+
+
+@pytest.mark.parametrize("weights", [{"kl_weight": 0.0}, {"nll_weight": 0.0}, {"kl_weight": 0.3, "nll_weight": 2.0}])
+def test_weights_of_the_terms(weights):
+    z, labels = random_batch(30, 5, 6, seed=4)
+    loss, terms, gradient = loss_and_gradient(varcon_loss, z, labels, 6, **weights)
+    expected, expected_terms, expected_gradient = loss_and_gradient(literal_varcon, z, labels, 0.1, 0.02, **weights)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=0, atol=1e-12)
+    for name in ("kl", "nll"):  # as they are, whatever their weights
+        torch.testing.assert_close(terms[name], expected_terms[name].detach(), rtol=1e-12, atol=0)
 
 
 def test_blocks_of_logits_make_no_difference(monkeypatch):
@@ -265,6 +278,8 @@ def test_no_tensor_grows_with_classes_absent_or_holds_all_logits(detach_centroid
         ({"temperature": float("nan")}, "temperature: .* found nan"),
         ({"epsilon": 0.1}, r"epsilon: expected 0 <= epsilon < temperature \(0.1\), found 0.1"),
         ({"epsilon": -0.01}, "epsilon: .* found -0.01"),
+        ({"kl_weight": -1.0}, "kl_weight: .* found -1.0"),
+        ({"nll_weight": float("inf")}, "nll_weight: .* found inf"),
     ],
 )
 def test_wrong_arguments(change, message):

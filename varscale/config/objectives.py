@@ -19,18 +19,22 @@ class VarConConfig(Section):
     name: Literal["varcon"] = "varcon"
     temperature: PositiveFloat = 0.1
     epsilon: NonNegativeFloat = 0.02
+    kl_weight: NonNegativeFloat = 1.0
+    nll_weight: NonNegativeFloat = 1.0
     embedding_dim: PositiveInt = 128
     detach_target: bool = False
     detach_centroids: bool = True
     centroids: Literal["exact", "micro"] = "exact"
 
     @model_validator(mode="after")
-    def _temperatures_stay_positive(self) -> Self:
+    def _terms_and_centroids_fit(self) -> Self:
         if self.epsilon >= self.temperature:
             raise ValueError(
                 f"objective.epsilon is {self.epsilon:g}, but it must be smaller than objective.temperature "
                 f"({self.temperature:g}), or the adaptive temperature could reach zero"
             )
+        if self.kl_weight == self.nll_weight == 0:
+            raise ValueError("objective.kl_weight and objective.nll_weight are both 0: nothing would be learned")
         if self.centroids == "exact" and not self.detach_centroids:
             raise ValueError(
                 "objective.centroids=exact fixes the centroids before the gradient pass; "

@@ -28,6 +28,8 @@ def varcon_loss(
     *,
     temperature: float = 0.1,
     epsilon: float = 0.02,
+    kl_weight: float = 1.0,
+    nll_weight: float = 1.0,
     detach_target: bool = False,
     detach_centroids: bool = True,
     group: dist.ProcessGroup | None = None,
@@ -43,6 +45,7 @@ def varcon_loss(
         num_classes: classes of the data set; absent ones take no part.
         temperature: tau1.
         epsilon: half the range of the confidence-adaptive temperature tau2; 0 fixes it at tau1.
+        kl_weight, nll_weight: of the two terms, at least 0; 1 in the paper. For its ablation.
         detach_target: hold the target q fixed: no gradient through tau2 and the confidence.
         detach_centroids: no gradient through the centroids w_r. The paper's choice; without it gradients also cross
             ranks, in one more all-reduce of the class statistics' size.
@@ -57,13 +60,20 @@ def varcon_loss(
 
     Source: Variational Supervised Contrastive Learning, arXiv 2506.07413.
     """
-    _check_temperatures(temperature, epsilon)
+    _check_options(temperature, epsilon, kl_weight, nll_weight)
     with torch.autocast(embeddings.device.type, enabled=False):
         statistics = class_statistics(
             embeddings.detach() if detach_centroids else embeddings, labels, num_classes, group=group
         )
     return varcon_loss_from_statistics(
-        embeddings, labels, statistics, temperature=temperature, epsilon=epsilon, detach_target=detach_target
+        embeddings,
+        labels,
+        statistics,
+        temperature=temperature,
+        epsilon=epsilon,
+        kl_weight=kl_weight,
+        nll_weight=nll_weight,
+        detach_target=detach_target,
     )
 
 
@@ -74,6 +84,8 @@ def varcon_loss_from_statistics(
     *,
     temperature: float = 0.1,
     epsilon: float = 0.02,
+    kl_weight: float = 1.0,
+    nll_weight: float = 1.0,
     detach_target: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The VarCon loss (eq. 7) of some samples against given class statistics, averaged over these samples.
@@ -85,8 +97,9 @@ def varcon_loss_from_statistics(
         q(k|z)  proportional to exp(1/tau2) for k = r and to 1 else     (eqs. 10-12)
         L(z)    = KL(q || p) - log p(r|z)                               (eq. 7)
 
-    q has the same value, b = q(k|z), on all classes k != r. With a = q(r|z), their mass m = 1 - a = (C_b - 1) b and
-    their mean log-probability g = mean over k != r of log p(k|z),
+    or kl_weight KL(q || p) - nll_weight log p(r|z) with other weights than 1. q has the same value, b = q(k|z), on all
+    classes k != r. With a = q(r|z), their mass m = 1 - a = (C_b - 1) b and their mean log-probability g = mean over
+    k != r of log p(k|z),
 
         KL(q || p) = a (log a - log p(r|z)) + m (log b - g)
         log p(r|z) = z.w_r / tau1 - lse
@@ -100,17 +113,17 @@ def varcon_loss_from_statistics(
     micro-batches, `all_reduce` them once, and call this for each micro-batch.
 
     Args:
-        embeddings, labels, temperature, epsilon, detach_target: as in `varcon_loss`.
+        embeddings, labels, temperature, epsilon, kl_weight, nll_weight, detach_target: as in `varcon_loss`.
         statistics: of a batch that has samples of every class in `labels`, exchanged between ranks.
 
     Returns:
-        The loss and its terms, detached: `kl` and `nll`, the scalar means of KL(q || p) and of -log p(r|z), whose sum
-        is the loss; `tau2` and `confidence`, p(r|z), of shape (N,); `classes_present`, C_b, a scalar int64.
+        The loss and its terms, detached: `kl` and `nll`, the scalar means of KL(q || p) and of -log p(r|z), not
+        weighted; `tau2` and `confidence`, p(r|z), of shape (N,); `classes_present`, C_b, a scalar int64.
 
     Raises:
         ValueError: an argument of another type, shape or range.
     """
-    _check_temperatures(temperature, epsilon)
+    _check_options(temperature, epsilon, kl_weight, nll_weight)
     check_batch(embeddings, labels, statistics.num_classes)
     if statistics.sums.shape[1] != embeddings.shape[1] or statistics.totals.device != embeddings.device:
         raise ValueError(
@@ -139,7 +152,7 @@ def varcon_loss_from_statistics(
         kl = (log_q.exp() * (log_q - log_p) + mass_others * (log_q_other - log_p_others)).mean()
         nll = -log_p.mean()
     terms = {"kl": kl, "nll": nll, "tau2": tau2, "confidence": confidence, "classes_present": classes_present}
-    return kl + nll, {name: term.detach() for name, term in terms.items()}
+    return kl_weight * kl + nll_weight * nll, {name: term.detach() for name, term in terms.items()}
 
 
 class _ClassLogits(torch.autograd.Function):
@@ -190,8 +203,11 @@ def _blocks(scaled: Tensor, centroids: Tensor) -> list[slice]:
     return [slice(start, start + length) for start in range(0, len(scaled), length)]
 
 
-def _check_temperatures(temperature: float, epsilon: float) -> None:
+def _check_options(temperature: float, epsilon: float, kl_weight: float, nll_weight: float) -> None:
     if not (0 < temperature < math.inf):
         raise ValueError(f"temperature: expected a finite number above 0, found {temperature}")
     if not (0 <= epsilon < temperature):
         raise ValueError(f"epsilon: expected 0 <= epsilon < temperature ({temperature}), found {epsilon}")
+    for name, weight in {"kl_weight": kl_weight, "nll_weight": nll_weight}.items():
+        if not (0 <= weight < math.inf):
+            raise ValueError(f"{name}: expected a finite number of at least 0, found {weight}")

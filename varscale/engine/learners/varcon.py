@@ -47,7 +47,7 @@ class VarConLearner(Learner):
 
     def loss(self, forward: Forward, batch: MicroBatch) -> tuple[Tensor, Terms]:
         o, embeddings, labels = self.objective, forward(*batch.views), batch.for_every_view(batch.labels)
-        shared = {"temperature": o.temperature, "epsilon": o.epsilon, "detach_target": o.detach_target}
+        shared = o.model_dump(include={"temperature", "epsilon", "kl_weight", "nll_weight", "detach_target"})
         if self.statistics is None:
             loss, terms = varcon_loss(
                 embeddings, labels, self.num_classes, detach_centroids=o.detach_centroids, **shared
