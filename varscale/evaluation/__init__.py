@@ -23,6 +23,7 @@ from varscale.evaluation import (
     knn,
     linear,
     linear_cached,
+    transfer,
 )
 
 EVALUATORS: dict[str, ModuleType] = {
@@ -31,6 +32,7 @@ EVALUATORS: dict[str, ModuleType] = {
     "linear_cached": linear_cached,
     "few_shot": few_shot,
     "clustering": clustering,
+    "transfer": transfer,
     "corruption": corruption,
     "calibration": calibration,
     "alignment_uniformity": alignment_uniformity,
