@@ -1,7 +1,4 @@
-"""The objectives' sections, and the one table of them: `objective.name` chooses the section, all else follows.
-
-`needs_labels` tells whether every image of the data must have a class.
-"""
+"""The objectives' sections, and the one table of them: `objective.name` chooses the section, all else follows."""
 
 from functools import reduce
 from operator import or_
@@ -12,7 +9,16 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_
 from varscale.config.section import Probability, Section
 
 
-class VarConConfig(Section):
+class ObjectiveConfig(Section):
+    """What an objective asks of the data."""
+
+    needs_labels: ClassVar[bool]
+    """Whether every image must have a class."""
+    least_views: ClassVar[int] = 2
+    """How few views of an image it can learn from."""
+
+
+class VarConConfig(ObjectiveConfig):
     """Variational supervised contrastive learning (arXiv 2506.07413)."""
 
     needs_labels: ClassVar[bool] = True
@@ -43,7 +49,7 @@ class VarConConfig(Section):
         return self
 
 
-class VSSLConfig(Section):
+class VSSLConfig(ObjectiveConfig):
     """Variational self-supervised learning (arXiv 2504.04318); numbers are ours, after BYOL's."""
 
     needs_labels: ClassVar[bool] = False
@@ -71,7 +77,70 @@ class VSSLConfig(Section):
         return self
 
 
-OBJECTIVES: dict[str, type[Section]] = {
-    section.model_fields["name"].default: section for section in (VarConConfig, VSSLConfig)
+class SupConConfig(ObjectiveConfig):
+    """Supervised contrastive learning (arXiv 2004.11362)."""
+
+    needs_labels: ClassVar[bool] = True
+    name: Literal["supcon"] = "supcon"
+    temperature: PositiveFloat = 0.1
+    embedding_dim: PositiveInt = 128
+    projector_hidden: PositiveInt | None = None  # null: as wide as the encoder's features
+
+
+class SimCLRConfig(ObjectiveConfig):
+    """SimCLR, contrastive learning of images by NT-Xent (arXiv 2002.05709)."""
+
+    needs_labels: ClassVar[bool] = False
+    name: Literal["simclr"] = "simclr"
+    temperature: PositiveFloat = 0.1
+    embedding_dim: PositiveInt = 128
+    projector_hidden: PositiveInt | None = None  # null: as wide as the encoder's features
+
+
+class BYOLConfig(ObjectiveConfig):
+    """Bootstrap your own latent (arXiv 2006.07733)."""
+
+    needs_labels: ClassVar[bool] = False
+    name: Literal["byol"] = "byol"
+    latent_dim: PositiveInt = 256
+    projector_hidden: PositiveInt = 4096
+    predictor_hidden: PositiveInt = 4096
+    teacher_momentum: Probability = 0.996
+    teacher_momentum_final: Probability = 1.0
+
+
+class MoCoV3Config(ObjectiveConfig):
+    """MoCo v3 (arXiv 2104.02057); the defaults are its ResNets', whose heads it has."""
+
+    needs_labels: ClassVar[bool] = False
+    name: Literal["mocov3"] = "mocov3"
+    temperature: PositiveFloat = 1.0
+    latent_dim: PositiveInt = 256
+    projector_hidden: PositiveInt = 4096
+    predictor_hidden: PositiveInt = 4096
+    teacher_momentum: Probability = 0.99
+    teacher_momentum_final: Probability = 1.0
+
+
+class CrossEntropyConfig(ObjectiveConfig):
+    """A linear classifier on the encoder's features, trained together with it."""
+
+    needs_labels: ClassVar[bool] = True
+    least_views: ClassVar[int] = 1
+    name: Literal["cross_entropy"] = "cross_entropy"
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
+OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
+    section.model_fields["name"].default: section
+    for section in (
+        VarConConfig,
+        VSSLConfig,
+        SupConConfig,
+        SimCLRConfig,
+        BYOLConfig,
+        MoCoV3Config,
+        CrossEntropyConfig,
+    )
 }
 Objective = Annotated[reduce(or_, OBJECTIVES.values()), Field(discriminator="name")]

@@ -13,7 +13,7 @@ class DataConfig(Section):
     """The converted data set, and how the loader cuts views from its images."""
 
     dir: Path = Path("data/digits")
-    views: Annotated[int, Field(ge=2)] = 2
+    views: PositiveInt = 2
     image_size: PositiveInt = 32
     crop_scale: tuple[Fraction, Fraction] = (0.2, 1.0)
     crop_ratio: tuple[PositiveFloat, PositiveFloat] = (3 / 4, 4 / 3)
@@ -197,6 +197,13 @@ class Config(Section):
         if isinstance(values, dict) and "output_dir" not in values and isinstance(values.get("name"), str):
             return {**values, "output_dir": f"runs/{values['name']}"}
         return values
+
+    @model_validator(mode="after")
+    def _enough_views(self) -> Self:
+        least = self.objective.least_views
+        if self.data.views < least:
+            raise ValueError(f"data.views is {self.data.views}, but {self.objective.name} needs at least {least}")
+        return self
 
     @model_validator(mode="after")
     def _patches_tile_the_image(self) -> Self:

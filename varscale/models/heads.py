@@ -19,14 +19,16 @@ class Gaussian(NamedTuple):
 
 
 class ProjectionHead(nn.Sequential):
-    """VarCon's and SupCon's: features (N, d) -> embeddings (N, D): Linear(d, d), ReLU, Linear(d, D), then unit norm.
+    """Features (N, d) -> embeddings (N, D): Linear(d, h), ReLU, Linear(h, D), then unit norm.
 
-    The norm is taken in float32 at least, whatever the precision of the layers; a zero vector stays zero.
+    That of VarCon, SupCon and SimCLR. hidden_dim: h; d where it is None. The norm is taken in float32 at least,
+    whatever the precision of the layers; a zero vector stays zero.
     """
 
-    def __init__(self, feature_dim: int, embedding_dim: int = 128):
+    def __init__(self, feature_dim: int, embedding_dim: int = 128, hidden_dim: int | None = None):
+        hidden_dim = hidden_dim or feature_dim
         super().__init__(
-            nn.Linear(feature_dim, feature_dim), nn.ReLU(inplace=True), nn.Linear(feature_dim, embedding_dim)
+            nn.Linear(feature_dim, hidden_dim), nn.ReLU(inplace=True), nn.Linear(hidden_dim, embedding_dim)
         )
 
     def forward(self, features: Tensor) -> Tensor:

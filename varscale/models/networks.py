@@ -52,9 +52,16 @@ def encode(encoder: nn.Module, images: Sequence[Tensor]) -> Tensor:
     return features[0] if len(features) == 1 else torch.cat(features)
 
 
-def build_embedding_network(encoder: nn.Module, *, embedding_dim: int = 128) -> HeadedNetwork:
-    """`encoder` with a freshly initialised projection head to unit-norm embeddings of width `embedding_dim`."""
-    return HeadedNetwork(encoder, ProjectionHead(encoder.feature_dim, embedding_dim))
+def build_embedding_network(
+    encoder: nn.Module, *, embedding_dim: int = 128, projector_hidden: int | None = None
+) -> HeadedNetwork:
+    """`encoder` with a freshly initialised `ProjectionHead` to unit-norm embeddings of width `embedding_dim`."""
+    return HeadedNetwork(encoder, ProjectionHead(encoder.feature_dim, embedding_dim, projector_hidden))
+
+
+def build_classifier(encoder: nn.Module, num_classes: int) -> HeadedNetwork:
+    """`encoder` with a freshly initialised linear layer to logits, (N, num_classes)."""
+    return HeadedNetwork(encoder, nn.Linear(encoder.feature_dim, num_classes))
 
 
 def build_student_network(
@@ -66,18 +73,26 @@ def build_student_network(
     predictor_hidden: int = 4096,
     gaussian: bool = False,
     normalise_latents: bool = False,
+    normalise_predictions: bool | None = None,
     sync_batch_norm: bool = True,
 ) -> StudentNetwork:
     """The student: `encoder` with a freshly initialised projector and, where wanted, predictor and Gaussian head.
 
     The default widths are BYOL's: the projector maps feature_dim to latent_dim through projector_hidden
     units, the predictor latent_dim to itself through predictor_hidden. normalise_latents: a batch normalisation behind
-    each of them, so that no mean that all samples share can grow.
+    the projector, so that no mean that all samples share can grow; normalise_predictions: behind the predictor, as
+    behind the projector where it is None.
     """
-    options = {"normalise_output": normalise_latents, "sync_batch_norm": sync_batch_norm}
+    if normalise_predictions is None:
+        normalise_predictions = normalise_latents
+    sync = {"sync_batch_norm": sync_batch_norm}
     return StudentNetwork(
         encoder,
-        batch_normalised_mlp(encoder.feature_dim, projector_hidden, latent_dim, **options),
-        batch_normalised_mlp(latent_dim, predictor_hidden, latent_dim, **options) if predictor else None,
+        batch_normalised_mlp(
+            encoder.feature_dim, projector_hidden, latent_dim, normalise_output=normalise_latents, **sync
+        ),
+        batch_normalised_mlp(latent_dim, predictor_hidden, latent_dim, normalise_output=normalise_predictions, **sync)
+        if predictor
+        else None,
         GaussianHead(latent_dim) if gaussian else None,
     )

@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Sequence
-from itertools import product
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from varscale.objectives.collapse import cosine, direction_moments
+from varscale.objectives.views import check_views, ordered_pairs
 
 
 class Gaussian(NamedTuple):
@@ -66,11 +66,11 @@ def vssl_loss(
     weights = {"kl_weight": kl_weight, "likelihood_weight": likelihood_weight, "prior_weight": prior_weight}
     _check_options(distance, weights, logvar_bounds)
     student, teacher = [Gaussian(*view) for view in student], [Gaussian(*view) for view in teacher]
-    _check_views(student, teacher)
+    check_views(*([{f".{name}": t for name, t in v._asdict().items()} for v in views] for views in (student, teacher)))
     with torch.autocast(student[0].mean.device.type, enabled=False):
         student = [_bounded(view, logvar_bounds) for view in student]
         teacher = [_bounded(Gaussian(view.mean.detach(), view.logvar.detach()), logvar_bounds) for view in teacher]
-        pairs = [_DISTANCES[distance](student[a], teacher[b]) for a, b in _pairs(student, teacher)]
+        pairs = [_DISTANCES[distance](student[a], teacher[b]) for a, b in ordered_pairs(student, teacher)]
         kl, nll = (torch.stack(term).mean() for term in zip(*pairs, strict=True))
         loss = kl_weight * kl + likelihood_weight * nll
         terms = {"kl": kl, "nll": nll}
@@ -101,11 +101,6 @@ def soft_clamp(values: Tensor, low: float, high: float) -> Tensor:
     inner = inner * (1 + inner**4) ** -0.25
     outer = outer.sign() * (1 + outer**-4) ** -0.25
     return middle + half * torch.where(outside, outer, inner)
-
-
-def _pairs(student: Sequence[Gaussian], teacher: Sequence[Gaussian]) -> list[tuple[int, int]]:
-    """Every view of the student with every other view of the teacher."""
-    return [(a, b) for a, b in product(range(len(student)), range(len(teacher))) if a != b]
 
 
 def _euclidean_terms(student: Gaussian, teacher: Gaussian) -> tuple[Tensor, Tensor]:
@@ -141,7 +136,7 @@ def _prior_term(student: Gaussian, distance: str) -> Tensor:
 @torch.no_grad()
 def _diagnostics(student: Sequence[Gaussian], teacher: Sequence[Gaussian]) -> dict[str, Tensor]:
     """The terms that show a collapse; see `vssl_loss`."""
-    pairs = _pairs(student, teacher)
+    pairs = ordered_pairs(student, teacher)
     logvar = torch.stack([view.logvar for view in student])
     return {
         "cosine": torch.stack([cosine(student[a].mean, teacher[b].mean).mean() for a, b in pairs]).mean(),
@@ -167,22 +162,3 @@ def _check_options(distance: str, weights: dict[str, float], logvar_bounds: tupl
     low, high = logvar_bounds
     if not (-math.inf < low < high < math.inf):
         raise ValueError(f"logvar_bounds: expected finite (low, high) with low < high, found {logvar_bounds}")
-
-
-def _check_views(student: Sequence[Gaussian], teacher: Sequence[Gaussian]) -> None:
-    if not 2 <= len(teacher) <= len(student):
-        raise ValueError(
-            "student, teacher: expected two or more views of both, and none that only the teacher sees, "
-            f"found {len(student)} and {len(teacher)}"
-        )
-    first = student[0].mean
-    for network, views in (("student", student), ("teacher", teacher)):
-        for index, view in enumerate(views):
-            for name, tensor in view._asdict().items():
-                fits = tensor.ndim == 2 and tensor.is_floating_point() and 0 not in tensor.shape
-                if not fits or tensor.shape != first.shape or tensor.device != first.device:
-                    raise ValueError(
-                        f"{network}[{index}].{name}: expected a non-empty (N, d) floating-point tensor like "
-                        f"student[0].mean {tuple(first.shape)} on {first.device}, found {tensor.dtype} of shape "
-                        f"{tuple(tensor.shape)} on {tensor.device}"
-                    )

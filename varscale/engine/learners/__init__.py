@@ -7,6 +7,10 @@ from torch import nn
 
 from varscale.config import Config
 from varscale.engine.learners.base import Forward, Learner, MicroBatch, Terms
+from varscale.engine.learners.byol import build_byol
+from varscale.engine.learners.classifier import build_cross_entropy
+from varscale.engine.learners.mocov3 import build_mocov3
+from varscale.engine.learners.pairwise import build_simclr, build_supcon
 from varscale.engine.learners.varcon import VarConLearner, build_varcon
 from varscale.engine.learners.vssl import build_vssl
 from varscale.models.encoders import build_encoder
@@ -17,6 +21,11 @@ __all__ = ["Forward", "Learner", "MicroBatch", "Terms", "VarConLearner", "build_
 BUILDERS: dict[str, Callable[[nn.Module, Config, int, int], Learner]] = {
     "varcon": build_varcon,
     "vssl": build_vssl,
+    "supcon": build_supcon,
+    "simclr": build_simclr,
+    "byol": build_byol,
+    "mocov3": build_mocov3,
+    "cross_entropy": build_cross_entropy,
 }
 
 

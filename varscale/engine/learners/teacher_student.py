@@ -31,6 +31,7 @@ class TeacherStudentLearner(Learner):
         self.view_loss = view_loss
         self.objective = config.objective
         self.autocast = config.compute.precision == "bfloat16"
+        self.large_views = config.data.views
         self.total_steps = total_steps
 
     def loss(self, forward: Forward, batch: MicroBatch) -> tuple[Tensor, Terms]:
