@@ -93,7 +93,7 @@ def test_no_labels_for_varcon(refused, data, capsys):
     write_beton(data / "train.beton", with_labels=False)
     with_counts(data, 40)
     capsys.readouterr()
-    assert "VarCon needs labels" in refused(f"data.dir={data}")
+    assert "objectives that need none: vssl" in refused(f"data.dir={data}")
 
 
 def test_labels_outside_the_classes(refused, data, capsys):

@@ -101,7 +101,7 @@ def count_step(config, classes, ranks, traffic) -> tuple[dict[str, int], dict[st
     sizes = resolve_batch(config.batch, ranks.world_size)
     settings = resolve_deepspeed(config, sizes)
     learner = build_learner(config, classes, STEPS, ranks.device)
-    predicted = step_traffic(config, sizes, settings, learner, classes)
+    predicted = step_traffic(config, sizes, settings, learner)
     engine = open_engine(config, settings, learner)
     views = tuple(
         torch.randn(count * sizes.micro_batch_size, 3, size, size, device=ranks.device)

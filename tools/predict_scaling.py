@@ -90,8 +90,8 @@ def row(options: argparse.Namespace, machine: Machine, world_size: int) -> str:
     config = load_config(options.config, overrides)
     sizes = resolve_batch(config.batch, world_size)
     learner = build_learner(config, options.classes, total_steps=1, device=torch.device("cpu"))
-    messages = step_traffic(config, sizes, resolve_deepspeed(config, sizes), learner, options.classes)
-    compute = machine.compute_seconds(step_flops(config, sizes, learner, options.classes))
+    messages = step_traffic(config, sizes, resolve_deepspeed(config, sizes), learner)
+    compute = machine.compute_seconds(step_flops(config, sizes, learner))
     times = [
         sum(machine.seconds(message, world_size) for message in messages if belongs(message.purpose))
         for belongs in COLUMNS.values()

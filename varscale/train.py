@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING
 
-from varscale.config import BatchSizes, Config, load_config, recipe_names, resolve_batch, resolve_deepspeed
+from varscale.config import OBJECTIVES, BatchSizes, Config, load_config, recipe_names, resolve_batch, resolve_deepspeed
 from varscale.engine.launch import (
     Job,
     Origin,
@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="train.py",
-        description="Train an image encoder with VarCon or VSSL.",
+        description=f"Train an image encoder with one of these objectives: {', '.join(OBJECTIVES)}.",
         epilog=f"recipes: {', '.join(recipe_names())}",
     )
     parser.add_argument("--config", required=True, metavar="RECIPE", help="a recipe's name, or the path of a YAML file")

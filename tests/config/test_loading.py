@@ -2,11 +2,12 @@
 
 import subprocess
 import sys
+from importlib import resources
 
 import pytest
 import yaml
 
-from varscale.config import VarConConfig, load_config, parse_config, recipe_names, to_yaml
+from varscale.config import OBJECTIVES, VarConConfig, load_config, parse_config, recipe_names, to_yaml
 from varscale.errors import UserError
 
 
@@ -18,8 +19,17 @@ def test_every_recipe_is_valid_and_survives_a_round_trip(name):
 
 
 def test_the_recipes_that_the_documentation_names_exist():
-    expected = {f"{d}-{o}" for d in ("digits", "cifar10", "cifar100", "imagenet100") for o in ("varcon", "vssl")}
-    assert expected | {"imagenet1k-varcon"} <= set(recipe_names())
+    data = ("digits", "cifar10", "cifar100", "imagenet100", "imagenet1k")
+    assert {f"{d}-{o}" for d in data for o in OBJECTIVES} - {"imagenet1k-vssl"} <= set(recipe_names())
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_recipe_names_its_command_and_what_it_trains(name):
+    path = resources.files("varscale.recipes").joinpath(f"{name}.yaml")
+    assert f"varscale/train.py --config {name}\n" in path.read_text()
+    data, _, objective = name.partition("-")
+    assert load_config(name).objective.name == objective
+    assert str(load_config(name).data.dir) == f"data/{data}"
 
 
 def test_overrides_reach_their_key_and_leave_the_rest():
@@ -49,6 +59,10 @@ MISTAKES = [
     ("digits-varcon", ["objective.predictor=true"], "unknown key 'objective.predictor'"),
     ("digits-varcon", ["objective.epsilon=0.1"], "objective.epsilon is 0.1"),
     ("digits-varcon", ["objective.name=varco"], "nearest: varcon"),
+    ("digits-varcon", ["objective.name=moco"], f"choose from {', '.join(OBJECTIVES)}; nearest: mocov3"),
+    ("digits-mocov3", ["objective.temp=1"], "unknown key 'objective.temp'; nearest: objective.temperature"),
+    ("digits-cross_entropy", ["objective.label_smoothing=1"], "objective.label_smoothing is 1"),
+    ("digits-simclr", ["data.views=1"], "data.views is 1, but simclr needs at least 2"),
     ("digits-varcon", ["encoder.name=resnet51"], "nearest: resnet50"),
     ("digits-varcon", ["encoder.name=vit_s"], "encoder.stem: vit_s has none"),
     ("digits-varcon", ["encoder.name=vit_s", "encoder.stem=null"], "encoder.patch_size: vit_s needs one"),
@@ -99,3 +113,8 @@ def test_checking_a_configuration_imports_nothing_heavy():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "set()"
+
+
+def test_an_objectives_name_is_its_key_in_the_table():
+    for name, section in OBJECTIVES.items():
+        assert section().name == name

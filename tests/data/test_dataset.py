@@ -210,7 +210,7 @@ def rename_field(path, old, new, type_id=None):
 def test_labels_are_required_only_where_asked(tmp_path):
     path = write_beton(tmp_path / "x")
     rename_field(path, "label", "target")
-    with pytest.raises(UserError, match=r"no integer field named 'label'.*image, target.*VarCon needs labels, VSSL"):
+    with pytest.raises(UserError, match=r"no integer field named 'label'.*image, target.*need none: vssl"):
         check_beton(path, num_classes=3, require_labels=True)
     summary = check_beton(path, num_classes=3, require_labels=False)
     assert summary.labels is None

@@ -13,7 +13,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from varscale.objectives.byol import byol_loss
 from varscale.objectives.centroids import class_statistics, local_statistics
+from varscale.objectives.mocov3 import mocov3_loss
+from varscale.objectives.supcon import supcon_loss
 from varscale.objectives.varcon import varcon_loss, varcon_loss_from_statistics
 from varscale.objectives.vssl import Gaussian, vssl_loss
 
@@ -56,6 +59,37 @@ def vssl_case(case, inputs, labels, group):
     return {"loss": loss.detach(), "gradient": weight.grad}
 
 
+def supcon_case(case, inputs, labels, group):
+    weight = case["weight"].clone().requires_grad_()
+    loss, terms = supcon_loss(F.normalize(inputs @ weight), labels, temperature=0.3, group=group)
+    loss.backward()
+    return {"loss": loss.detach(), "gradient": weight.grad, "cosine": terms["cosine"]}
+
+
+def mocov3_case(case, inputs, labels, group):
+    weight = case["weight"].clone().requires_grad_()
+    loss, terms = mocov3_loss((inputs @ weight).chunk(2, 1), inputs.chunk(2, 1), temperature=0.3, group=group)
+    loss.backward()
+    return {"loss": loss.detach(), "gradient": weight.grad, "cosine": terms["cosine"]}
+
+
+def byol_case(case, inputs, labels, group):
+    weight = case["weight"].clone().requires_grad_()
+    loss, terms = byol_loss((inputs @ weight).chunk(2, 1), inputs.chunk(2, 1))
+    loss.backward()
+    return {"loss": loss.detach(), "gradient": weight.grad, "cosine": terms["cosine"]}
+
+
+KINDS = {
+    "varcon": varcon_case,
+    "statistics": statistics_case,
+    "vssl": vssl_case,
+    "supcon": supcon_case,
+    "mocov3": mocov3_case,
+    "byol": byol_case,
+}
+
+
 class Traffic:
     """Counts the calls and the numbers handed to torch.distributed.all_reduce, which it passes on."""
 
@@ -78,8 +112,9 @@ def main(folder):
             continue
         share = case["shares"][rank]
         before = traffic.calls, traffic.numbers
-        compute = {"varcon": varcon_case, "statistics": statistics_case, "vssl": vssl_case}[case["kind"]]
-        found[name] = compute(case, case["inputs"][share], case["labels"][share], groups[len(case["shares"])])
+        found[name] = KINDS[case["kind"]](
+            case, case["inputs"][share], case["labels"][share], groups[len(case["shares"])]
+        )
         found[name] |= {"calls": traffic.calls - before[0], "numbers": traffic.numbers - before[1]}
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()

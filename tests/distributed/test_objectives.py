@@ -1,13 +1,17 @@
 """Gradients averaged over 1, 2 and 4 real processes equal those of one process on the union of their batches."""
 
 import itertools
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from varscale.objectives.byol import byol_loss
 from varscale.objectives.centroids import class_statistics
+from varscale.objectives.mocov3 import mocov3_loss
+from varscale.objectives.supcon import supcon_loss
 from varscale.objectives.varcon import varcon_loss
 from varscale.objectives.vssl import Gaussian, vssl_loss
 
@@ -49,14 +53,23 @@ STATISTICS = {
 }
 VSSL = {f"vssl, {world} ranks": make_case("vssl", world) for world in (1, 2, RANKS)}
 
+BASELINES = {
+    f"{kind}, {world} ranks": make_case(kind, world) for kind in ("supcon", "mocov3", "byol") for world in (1, 2, RANKS)
+} | {
+    # Every sample's only positive is on another rank.
+    f"simclr, {world} ranks": make_case("supcon", world, labels=torch.arange(SAMPLES // 2).repeat(2))
+    for world in (1, 2, RANKS)
+}
+ALL = VARCON | STATISTICS | VSSL | BASELINES
+
 
 @pytest.fixture(scope="module")
 def found(run_ranks, tmp_path_factory):
     """What each rank found in each case: a list of dictionaries by case name. All cases share four processes."""
     folder = tmp_path_factory.mktemp("ranks")
-    torch.save(VARCON | STATISTICS | VSSL, folder / "cases.pt")
+    torch.save(ALL, folder / "cases.pt")
     ranks = run_ranks(Path(__file__).with_name("objectives_worker.py"), RANKS, folder, timeout=120)
-    return {name: [rank[name] for rank in ranks if name in rank] for name in VARCON | STATISTICS | VSSL}
+    return {name: [rank[name] for rank in ranks if name in rank] for name in ALL}
 
 
 def averaged(results, key):
@@ -115,3 +128,21 @@ def test_vssl_equals_one_process(found, name):
     torch.testing.assert_close(averaged(found[name], "loss"), loss.detach(), rtol=0, atol=1e-12)
     torch.testing.assert_close(averaged(found[name], "gradient"), weight.grad, rtol=0, atol=1e-12)
     assert all(result["calls"] == 0 for result in found[name])
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_a_baseline_equals_one_process(found, name):
+    case = BASELINES[name]
+    assert len(found[name]) == len(case["shares"])
+    weight = case["weight"].clone().requires_grad_()
+    outputs = case["inputs"] @ weight
+    if case["kind"] == "supcon":
+        loss, terms = supcon_loss(F.normalize(outputs), case["labels"], temperature=0.3)
+    else:
+        objective = {"byol": byol_loss, "mocov3": partial(mocov3_loss, temperature=0.3)}[case["kind"]]
+        loss, terms = objective(outputs.chunk(2, 1), case["inputs"].chunk(2, 1))
+    loss.backward()
+    assert weight.grad.abs().max() > 1e-3
+    torch.testing.assert_close(averaged(found[name], "loss"), loss.detach(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(averaged(found[name], "gradient"), weight.grad, rtol=0, atol=1e-12)
+    torch.testing.assert_close(averaged(found[name], "cosine"), terms["cosine"], rtol=0, atol=1e-12)

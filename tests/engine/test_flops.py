@@ -13,7 +13,7 @@ def flops(recipe, *overrides, world_size=1, classes=10):
     config = load_config(recipe, overrides)
     sizes = resolve_batch(config.batch, world_size)
     learner = build_learner(config, classes, total_steps=1, device=torch.device("cpu"))
-    return config, sizes, learner, step_flops(config, sizes, learner, classes)
+    return config, sizes, learner, step_flops(config, sizes, learner)
 
 
 def test_a_linear_layer_by_hand():

@@ -1,10 +1,18 @@
 """The learners: exact centroids over micro-batches, what is logged of a step, the teacher's pace."""
 
+from functools import partial
+
 import pytest
 import torch
+from torch import nn
 
-from varscale.config import load_config
-from varscale.engine.learners import MicroBatch, build_learner
+from varscale.config import OBJECTIVES, load_config
+from varscale.engine.learners import BUILDERS, MicroBatch, build_learner
+from varscale.models.heads import ProjectionHead
+from varscale.models.norm import SyncBatchNorm
+from varscale.objectives.byol import byol_loss
+from varscale.objectives.mocov3 import mocov3_loss
+from varscale.objectives.supcon import supcon_loss
 from varscale.objectives.varcon import varcon_loss
 from varscale.objectives.vssl import Gaussian, vssl_loss
 
@@ -16,7 +24,7 @@ def batches(count, images=8, seed=0):
     whole = torch.randn(2, count, images, 3, 16, 16, generator=generator)
     labels = torch.randint(0, 4, (count, images), generator=generator)
     return [
-        MicroBatch((whole[:, i].flatten(0, 1),), labels[i], torch.arange(images)) for i in range(count)
+        MicroBatch((whole[:, i].flatten(0, 1),), labels[i], torch.arange(images) + i * images) for i in range(count)
     ], MicroBatch((whole.flatten(0, 2),), labels.flatten(), torch.arange(count * images))
 
 
@@ -68,6 +76,28 @@ def test_the_shown_temperature_is_mean_and_deviation_over_samples():
     assert shown["tau2_std"] == pytest.approx(terms["tau2"].std(correction=0).item(), rel=1e-3)
 
 
+@pytest.mark.parametrize("objective", ["supcon", "simclr", "byol", "mocov3", "cross_entropy"])
+def test_a_baseline_takes_views_of_several_sizes(objective):
+    sizes = ["data.views=2", "data.local_views=3", "data.local_size=8", "encoder.stem=cifar"]
+    learner = learner_for(f"digits-{objective}", *sizes)
+    generator = torch.Generator().manual_seed(0)
+    large, small = (torch.randn(count * 4, 3, size, size, generator=generator) for count, size in ((2, 16), (3, 8)))
+    batch = MicroBatch((large, small), torch.tensor([0, 1, 1, 2]), torch.arange(4))
+    whole, _ = learner.loss(learner.network, batch)
+    whole.backward()
+    assert all(p.grad.isfinite().all() for p in learner.network.parameters())
+    o, outputs = learner.objective if objective != "cross_entropy" else None, learner.network(large, small)
+    if objective == "cross_entropy":
+        expected = torch.nn.functional.cross_entropy(outputs, batch.labels.repeat(5), label_smoothing=0.1)
+    elif objective in ("supcon", "simclr"):
+        numbers = batch.labels if objective == "supcon" else batch.indices
+        expected, _ = supcon_loss(outputs, numbers.repeat(5), temperature=o.temperature)
+    else:
+        loss = {"byol": byol_loss, "mocov3": partial(mocov3_loss, temperature=0.2)}[objective]
+        expected, _ = loss(outputs.split(4), learner.teacher(large).split(4))
+    assert whole.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
 def test_equal_seeds_give_equal_networks_and_others_do_not():
     first, again, other = (learner_for("digits-varcon", f"seed={seed}").network for seed in (0, 0, 1))
     name = "encoder.conv1.weight"
@@ -98,6 +128,75 @@ def test_more_than_two_views():
     loss, terms = learner.loss(learner.network, batch)
     assert torch.isfinite(loss)
     assert 0 <= learner.derive(terms)["spread"] <= 1
+
+
+def test_every_objective_has_a_learner():
+    assert BUILDERS.keys() == OBJECTIVES.keys()
+
+
+# Without batch normalisation, which sees micro-batches by themselves.
+PLAIN_HEADS = "varscale.models.networks.batch_normalised_mlp"
+
+
+@pytest.mark.parametrize("objective", ["supcon", "simclr", "byol", "mocov3", "cross_entropy"])
+def test_micro_batches_of_a_baseline_are_one_batch(monkeypatch, objective):
+    monkeypatch.setattr(PLAIN_HEADS, lambda d, hidden, out, **_: ProjectionHead(d, out, hidden))
+    views = ["data.views=2"]
+    parts, whole = batches(3)
+    learner = learner_for(f"digits-{objective}", *VIT, *views)
+    if learner.companions():
+        with torch.no_grad():  # a teacher of its own
+            for parameter in learner.teacher.parameters():
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    expected, terms = gradient(learner, [whole])
+    found, found_terms = gradient(learner, parts)
+    scale = max(g.abs().max() for g in expected.values())
+    assert max((found[n] - expected[n]).abs().max() for n in expected) < 1e-5 * scale
+    assert found_terms == pytest.approx(terms, rel=1e-5, abs=1e-6)
+    again, _ = gradient(learner, [whole])  # nothing is left of the step before
+    assert all(torch.equal(again[n], expected[n]) for n in expected)
+
+
+@pytest.mark.parametrize("objective", ["simclr", "mocov3"])
+def test_the_first_pass_of_a_baseline_leaves_running_statistics_alone(objective):
+    parts, _ = batches(2)
+    learner = learner_for(f"digits-{objective}")
+    before = {n: b.clone() for n, b in learner.network.named_buffers()}
+    learner.before_step(learner.network, parts)
+    assert all(torch.equal(b, before[n]) for n, b in learner.network.named_buffers())
+
+
+def test_what_makes_images_alike():
+    """Images of one class for SupCon, an image's own views for SimCLR."""
+    _, whole = batches(1, images=6)
+    for objective, numbers in (("supcon", whole.labels), ("simclr", whole.indices)):
+        learner = learner_for(f"digits-{objective}", *VIT)
+        loss, _ = learner.loss(learner.network, whole)
+        o = learner.objective
+        expected, _ = supcon_loss(learner.network(*whole.views), numbers.repeat(2), temperature=o.temperature)
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("objective", ["byol", "mocov3"])
+def test_a_teachers_collapse_is_warned_of(objective):
+    learner = learner_for(f"digits-{objective}", *VIT)
+    _, whole = batches(1)
+    _, shown = gradient(learner, [whole])
+    assert 0 <= shown["spread"] <= 1
+    assert learner.warning(shown | {"spread": 0.9}) is None
+    with torch.no_grad():
+        learner.network.predictor[3].weight.zero_()
+        learner.network.predictor[3].bias.fill_(1.0)
+    _, shown = gradient(learner, [whole])
+    assert shown["spread"] < 1e-3
+    assert "collapsing: spread 0.0" in learner.warning(shown)
+
+
+def test_mocov3_has_the_heads_of_its_code_for_resnets():
+    network = learner_for("cifar10-mocov3", *VIT).network
+    *_, hidden, _, _, last = network.projector
+    assert (hidden.num_features, last.num_features, last.affine) == (4096, 256, False)
+    assert [type(layer) for layer in network.predictor] == [nn.Linear, SyncBatchNorm, nn.ReLU, nn.Linear]
 
 
 @pytest.mark.parametrize("recipe", ["digits-varcon", "digits-vssl"])

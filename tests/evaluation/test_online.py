@@ -8,13 +8,13 @@ from varscale.data.dataset import read_dataset_info
 from varscale.evaluation.context import Place
 from varscale.evaluation.online import OnlineKNN
 from varscale.models.encoders import build_encoder
-from varscale.models.networks import build_varcon_network
+from varscale.models.networks import build_embedding_network
 
 
 def online(digits, *overrides, labelled=True):
     torch.manual_seed(0)
     config = load_config("digits-varcon", [f"data.dir={digits}", "data.image_size=16", "schedule.epochs=8", *overrides])
-    network = build_varcon_network(build_encoder("resnet18", image_size=16))
+    network = build_embedding_network(build_encoder("resnet18", image_size=16))
     place = Place(torch.device("cpu"))
     return OnlineKNN(config, read_dataset_info(digits), network, place, workers=1, labelled=labelled)
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from varscale.models.encoders import build_encoder
 from varscale.models.heads import GaussianHead, ProjectionHead, batch_normalised_mlp
-from varscale.models.networks import build_varcon_network, build_vssl_network
+from varscale.models.networks import build_embedding_network, build_student_network
 from varscale.models.norm import SyncBatchNorm
 
 
@@ -55,14 +55,14 @@ def test_batch_normalised_mlp_layers() -> None:
 def test_normalised_latents_have_no_common_mean(images: torch.Tensor) -> None:
     encoder = build_encoder("resnet18", image_size=32)
     sizes = {"latent_dim": 12, "projector_hidden": 24, "predictor_hidden": 20}
-    network = build_vssl_network(encoder, **sizes, normalise_latents=True)
+    network = build_student_network(encoder, **sizes, normalise_latents=True)
     nn.init.constant_(network.projector[3].bias, 10.0)
     projected = network.projector(network.encoder(images))
     for latents in (projected, network.predictor(projected)):
         torch.testing.assert_close(latents.mean(0), torch.zeros(12), rtol=0, atol=1e-5)
         assert latents.std(0).min() > 0.5
     assert network.predictor[4].weight is None
-    assert build_vssl_network(encoder, **sizes).projector[-1].out_features == 12
+    assert build_student_network(encoder, **sizes).projector[-1].out_features == 12
 
 
 def test_gaussian_head_starts_with_variances_around_one() -> None:
@@ -75,7 +75,7 @@ def test_gaussian_head_starts_with_variances_around_one() -> None:
 
 
 def test_varcon_network(images: torch.Tensor) -> None:
-    network = build_varcon_network(build_encoder("resnet18", stem="cifar", image_size=32), embedding_dim=16)
+    network = build_embedding_network(build_encoder("resnet18", stem="cifar", image_size=32), embedding_dim=16)
     embeddings = network(images)
     assert embeddings.shape == (6, 16)
     torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(6))
@@ -86,8 +86,14 @@ def test_varcon_network(images: torch.Tensor) -> None:
 @pytest.mark.parametrize("predictor", [True, False])
 def test_vssl_network(images: torch.Tensor, predictor: bool) -> None:
     encoder = build_encoder("resnet18", stem="cifar", image_size=32)
-    options = {"latent_dim": 12, "projector_hidden": 24, "predictor_hidden": 20, "predictor": predictor}
-    network = build_vssl_network(encoder, **options).eval()
+    options = {
+        "latent_dim": 12,
+        "projector_hidden": 24,
+        "predictor_hidden": 20,
+        "predictor": predictor,
+        "gaussian": True,
+    }
+    network = build_student_network(encoder, **options).eval()
     latents = network.projector(network.encoder(images))
     if predictor:
         assert network.predictor[0].weight.shape == (20, 12)
@@ -104,7 +110,7 @@ def test_vssl_network(images: torch.Tensor, predictor: bool) -> None:
 
 def test_defaults_are_byols_widths() -> None:
     with torch.device("meta"):
-        network = build_vssl_network(build_encoder("resnet50", image_size=224))
+        network = build_student_network(build_encoder("resnet50", image_size=224), gaussian=True)
     assert network.projector[0].weight.shape == (4096, 2048)
     assert network.projector[3].weight.shape == (256, 4096)
     assert network.predictor[0].weight.shape == (4096, 256)

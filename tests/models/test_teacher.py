@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from varscale.models.networks import VSSLNetwork, build_vssl_network
+from varscale.models.networks import StudentNetwork, build_student_network
 from varscale.models.teacher import MomentumTeacher, moving_average_
 
 
@@ -18,9 +18,9 @@ class TinyEncoder(nn.Sequential):
 
 
 @pytest.fixture
-def student() -> VSSLNetwork:
+def student() -> StudentNetwork:
     torch.manual_seed(0)
-    return build_vssl_network(TinyEncoder(), latent_dim=4, projector_hidden=8, predictor_hidden=8)
+    return build_student_network(TinyEncoder(), latent_dim=4, projector_hidden=8, predictor_hidden=8, gaussian=True)
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def images() -> torch.Tensor:
     return torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
 
-def train_a_little(student: VSSLNetwork, images: torch.Tensor) -> None:
+def train_a_little(student: StudentNetwork, images: torch.Tensor) -> None:
     optimizer = torch.optim.SGD(student.parameters(), lr=0.5)
     mean, logvar = student(images)
     (mean.square().sum() + logvar.sum()).backward()
@@ -36,7 +36,7 @@ def train_a_little(student: VSSLNetwork, images: torch.Tensor) -> None:
     optimizer.zero_grad()
 
 
-def test_starts_as_the_student_without_predictor(student: VSSLNetwork, images: torch.Tensor) -> None:
+def test_starts_as_the_student_without_predictor(student: StudentNetwork, images: torch.Tensor) -> None:
     teacher = MomentumTeacher(student)
     expected = {key: value for key, value in student.state_dict().items() if not key.startswith("predictor.")}
     found = teacher.network.state_dict()
@@ -48,7 +48,7 @@ def test_starts_as_the_student_without_predictor(student: VSSLNetwork, images: t
     torch.testing.assert_close(logvar, student.gaussian.logvar(latents).detach())
 
 
-def test_forward_has_no_gradient_and_leaves_running_statistics(student: VSSLNetwork, images: torch.Tensor) -> None:
+def test_forward_has_no_gradient_and_leaves_running_statistics(student: StudentNetwork, images: torch.Tensor) -> None:
     teacher = MomentumTeacher(student)
     before = deepcopy(teacher.state_dict())
     mean, logvar = teacher(images)
@@ -59,13 +59,13 @@ def test_forward_has_no_gradient_and_leaves_running_statistics(student: VSSLNetw
     assert all(layer.track_running_stats for layer in teacher.modules() if isinstance(layer, nn.BatchNorm2d))
 
 
-def test_forward_uses_batch_statistics(student: VSSLNetwork, images: torch.Tensor) -> None:
+def test_forward_uses_batch_statistics(student: StudentNetwork, images: torch.Tensor) -> None:
     teacher = MomentumTeacher(student.eval())
     moved = teacher(images * 3 + 10).mean  # the first batch norm takes a common scale and shift out again
     torch.testing.assert_close(moved, teacher(images).mean, rtol=1e-3, atol=1e-3)
 
 
-def test_update_is_the_moving_average_over_several_steps(student: VSSLNetwork, images: torch.Tensor) -> None:
+def test_update_is_the_moving_average_over_several_steps(student: StudentNetwork, images: torch.Tensor) -> None:
     teacher = MomentumTeacher(student)
     expected = {name: p.detach().double() for name, p in teacher.network.named_parameters()}
     for momentum in (0.99, 0.9, 0.3):
@@ -83,7 +83,7 @@ def test_update_is_the_moving_average_over_several_steps(student: VSSLNetwork, i
         assert torch.equal(buffer, buffers[name])
 
 
-def test_update_of_the_teacher_leaves_the_student(student: VSSLNetwork, images: torch.Tensor) -> None:
+def test_update_of_the_teacher_leaves_the_student(student: StudentNetwork, images: torch.Tensor) -> None:
     teacher = MomentumTeacher(student)
     train_a_little(student, images)
     before = deepcopy(student.state_dict())
@@ -99,7 +99,7 @@ def test_momentum_zero_and_one_are_exact() -> None:
         assert torch.equal(target, expected)
 
 
-def test_update_by_parts_leaves_the_rest(student: VSSLNetwork, images: torch.Tensor) -> None:
+def test_update_by_parts_leaves_the_rest(student: StudentNetwork, images: torch.Tensor) -> None:
     teacher, whole = MomentumTeacher(student), MomentumTeacher(student)
     before = deepcopy(dict(teacher.network.named_parameters()))
     train_a_little(student, images)
@@ -112,7 +112,7 @@ def test_update_by_parts_leaves_the_rest(student: VSSLNetwork, images: torch.Ten
         assert torch.equal(parameter.flatten()[half:], before[name].flatten()[half:])
 
 
-def test_wrong_calls_are_named(student: VSSLNetwork) -> None:
+def test_wrong_calls_are_named(student: StudentNetwork) -> None:
     teacher = MomentumTeacher(student)
     with pytest.raises(ValueError, match=r"momentum is 1\.5"):
         teacher.update(student, 1.5)

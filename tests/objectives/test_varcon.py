@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
+from largest_tensor import LargestTensor
 
+from varscale.objectives.blocks import LOGITS_PER_BLOCK
 from varscale.objectives.centroids import local_statistics
-from varscale.objectives.varcon import LOGITS_PER_BLOCK, varcon_loss, varcon_loss_from_statistics
+from varscale.objectives.varcon import varcon_loss, varcon_loss_from_statistics
 
 
 def random_batch(num_samples, width, num_classes, seed, dtype=torch.float64):
@@ -116,7 +117,7 @@ def test_gradient_through_centroids(num_classes, detach_target):
 def test_blocks_of_logits_make_no_difference(monkeypatch):
     z, labels = random_batch(50, 5, 6, seed=1)
     whole = loss_and_gradient(varcon_loss, z, labels, 6, detach_centroids=False)
-    monkeypatch.setattr("varscale.objectives.varcon.LOGITS_PER_BLOCK", 6 * 7)  # 7 rows, a short last block
+    monkeypatch.setattr("varscale.objectives.blocks.LOGITS_PER_BLOCK", 6 * 7)  # 7 rows, a short last block
     blocks = loss_and_gradient(varcon_loss, z, labels, 6, detach_centroids=False)
     torch.testing.assert_close(blocks[0], whole[0], rtol=0, atol=1e-14)
     torch.testing.assert_close(blocks[2], whole[2], rtol=0, atol=1e-14)
@@ -224,19 +225,6 @@ def test_autocast_makes_no_difference(detach_centroids):
         loss, _, gradient = loss_and_gradient(varcon_loss, z, labels, 8, **options)
     assert loss == expected
     assert torch.equal(gradient, expected_gradient)
-
-
-class LargestTensor(TorchDispatchMode):
-    """Remembers the number of elements of the largest tensor that any operation returned."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple | list) else [result]:
-            if isinstance(tensor, torch.Tensor):
-                self.elements = max(self.elements, tensor.untyped_storage().nbytes() // tensor.element_size())
-        return result
 
 
 @pytest.mark.parametrize("detach_centroids", [False, True])

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributions import Normal, kl_divergence
 
-from varscale.objectives.vssl import Gaussian, soft_clamp, spread, vssl_loss
+from varscale.objectives.collapse import spread
+from varscale.objectives.vssl import Gaussian, soft_clamp, vssl_loss
 
 DISTANCES = pytest.mark.parametrize("distance", ["cosine", "euclidean"])
 

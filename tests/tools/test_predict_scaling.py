@@ -2,7 +2,7 @@
 
 import pytest
 
-from varscale.engine.traffic import Message
+from varscale.engine.messages import Message
 
 
 @pytest.fixture(scope="module")

@@ -2,10 +2,13 @@
 
 from varscale.config.batch import BatchSizes, resolve_batch
 from varscale.config.loading import load_config, parse_config, parse_section, recipe_names, to_yaml
-from varscale.config.schema import Config, SafetyConfig, Section, VarConConfig, VSSLConfig
+from varscale.config.objectives import OBJECTIVES, VarConConfig, VSSLConfig
+from varscale.config.schema import Config, SafetyConfig
+from varscale.config.section import Section
 from varscale.config.zero import resolve_deepspeed, zero_stage
 
 __all__ = [
+    "OBJECTIVES",
     "BatchSizes",
     "Config",
     "SafetyConfig",

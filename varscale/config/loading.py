@@ -9,7 +9,9 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from varscale.config.schema import Config, Section
+from varscale.config.objectives import OBJECTIVES
+from varscale.config.schema import Config
+from varscale.config.section import Section
 from varscale.errors import UserError
 
 Model = TypeVar("Model", bound=Section)
@@ -116,7 +118,8 @@ def _explain(error: Any, source: str, model: type[Section]) -> str:
         return f"{source}: {key} is {found!r}; choose from {', '.join(choices)}{_nearest(str(found), choices)}"
     if error["type"].startswith("union_tag"):
         found = error["input"].get("name") if isinstance(error["input"], dict) else error["input"]
-        return f"{source}: {key}.name is {found!r}; choose from varcon, vssl{_nearest(str(found), ['varcon', 'vssl'])}"
+        names = list(OBJECTIVES)
+        return f"{source}: {key}.name is {found!r}; choose from {', '.join(names)}{_nearest(str(found), names)}"
     message = error["msg"]
     return f"{source}: {key} is {error['input']!r}: {message[0].lower()}{message[1:]}"
 
@@ -124,7 +127,7 @@ def _explain(error: Any, source: str, model: type[Section]) -> str:
 def _key(location: Sequence[str | int]) -> str:
     """Pydantic's location without the tag it puts in for a choice of models."""
     parts = [str(part) for part in location]
-    if len(parts) > 1 and parts[0] == "objective" and parts[1] in ("varcon", "vssl"):
+    if len(parts) > 1 and parts[0] == "objective" and parts[1] in OBJECTIVES:
         del parts[1]
     return ".".join(parts)
 

@@ -3,32 +3,17 @@
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    model_validator,
-)
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-Probability = Annotated[float, Field(ge=0, le=1)]
-Fraction = Annotated[float, Field(gt=0, le=1)]
-
-
-class Section(BaseModel):
-    """A frozen group of keys in which an unknown key is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+from varscale.config.objectives import Objective
+from varscale.config.section import Fraction, Probability, Section
 
 
 class DataConfig(Section):
     """The converted data set, and how the loader cuts views from its images."""
 
     dir: Path = Path("data/digits")
-    views: Annotated[int, Field(ge=2)] = 2
+    views: PositiveInt = 2
     image_size: PositiveInt = 32
     crop_scale: tuple[Fraction, Fraction] = (0.2, 1.0)
     crop_ratio: tuple[PositiveFloat, PositiveFloat] = (3 / 4, 4 / 3)
@@ -89,59 +74,6 @@ class EncoderConfig(Section):
             raise ValueError(f"encoder.stem: {self.name} needs one: cifar for small images, imagenet for large ones")
         elif self.patch_size is not None:
             raise ValueError(f"encoder.patch_size: {self.name} has no patches; set it to null or take a ViT")
-        return self
-
-
-class VarConConfig(Section):
-    """Variational supervised contrastive learning (arXiv 2506.07413)."""
-
-    name: Literal["varcon"] = "varcon"
-    temperature: PositiveFloat = 0.1
-    epsilon: NonNegativeFloat = 0.02
-    embedding_dim: PositiveInt = 128
-    detach_target: bool = False
-    detach_centroids: bool = True
-    centroids: Literal["exact", "micro"] = "exact"
-
-    @model_validator(mode="after")
-    def _temperatures_stay_positive(self) -> Self:
-        if self.epsilon >= self.temperature:
-            raise ValueError(
-                f"objective.epsilon is {self.epsilon:g}, but it must be smaller than objective.temperature "
-                f"({self.temperature:g}), or the adaptive temperature could reach zero"
-            )
-        if self.centroids == "exact" and not self.detach_centroids:
-            raise ValueError(
-                "objective.centroids=exact fixes the centroids before the gradient pass; "
-                "with objective.detach_centroids=false choose objective.centroids=micro"
-            )
-        return self
-
-
-class VSSLConfig(Section):
-    """Variational self-supervised learning (arXiv 2504.04318); numbers are ours, after BYOL's."""
-
-    name: Literal["vssl"] = "vssl"
-    distance: Literal["cosine", "euclidean"] = "cosine"
-    kl_weight: NonNegativeFloat = 1.0
-    likelihood_weight: NonNegativeFloat = 1.0
-    prior_weight: NonNegativeFloat = 0.0
-    logvar_bounds: tuple[float, float] = (-6.0, 2.0)
-    latent_dim: PositiveInt = 256
-    projector_hidden: PositiveInt = 4096
-    predictor: bool = True
-    predictor_hidden: PositiveInt = 4096
-    normalise_latents: bool = False
-    teacher_momentum: Annotated[float, Field(ge=0, le=1)] = 0.99
-    teacher_momentum_final: Annotated[float, Field(ge=0, le=1)] = 1.0
-
-    @model_validator(mode="after")
-    def _something_to_minimise(self) -> Self:
-        low, high = self.logvar_bounds
-        if low >= high:
-            raise ValueError(f"objective.logvar_bounds is [{low:g}, {high:g}], but the first must be below the second")
-        if self.kl_weight == self.likelihood_weight == 0:
-            raise ValueError("objective.kl_weight and objective.likelihood_weight are both 0: nothing would be learned")
         return self
 
 
@@ -248,7 +180,7 @@ class Config(Section):
     output_dir: Path
     data: DataConfig
     encoder: EncoderConfig
-    objective: Annotated[VarConConfig | VSSLConfig, Field(discriminator="name")]
+    objective: Objective
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
     batch: BatchConfig
@@ -265,6 +197,13 @@ class Config(Section):
         if isinstance(values, dict) and "output_dir" not in values and isinstance(values.get("name"), str):
             return {**values, "output_dir": f"runs/{values['name']}"}
         return values
+
+    @model_validator(mode="after")
+    def _enough_views(self) -> Self:
+        least = self.objective.least_views
+        if self.data.views < least:
+            raise ValueError(f"data.views is {self.data.views}, but {self.objective.name} needs at least {least}")
+        return self
 
     @model_validator(mode="after")
     def _patches_tile_the_image(self) -> Self:

@@ -13,6 +13,7 @@ from typing import BinaryIO, Self
 
 import numpy as np
 
+from varscale.config import OBJECTIVES
 from varscale.data.names import sample_title
 from varscale.errors import UserError
 
@@ -192,9 +193,10 @@ def _check(reader: _Reader, num_classes: int | None, require_labels: bool) -> Be
     if fields.get("image") != IMAGE_ID:
         raise UserError(f"{reader.path} has no image field named 'image' (its fields: {', '.join(fields) or 'none'})")
     if require_labels and fields.get("label") != INT_ID:
+        without = [name for name, section in OBJECTIVES.items() if not section.needs_labels]
         raise UserError(
-            f"{reader.path} has no integer field named 'label' (its fields: {', '.join(fields)}): "
-            "VarCon needs labels, VSSL does not"
+            f"{reader.path} has no integer field named 'label' (its fields: {', '.join(fields)}); "
+            f"objectives that need none: {', '.join(without)}"
         )
     record = np.dtype([(name, RECORDS[type_id]) for name, type_id in fields.items()], align=True)
     samples = reader.array(record, int(header["num_samples"]))

@@ -6,12 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from varscale.config import BatchSizes, Config, VarConConfig
+from varscale.config import BatchSizes, Config
 from varscale.engine.learners import Learner
-from varscale.engine.traffic import has_first_pass
 
 
-def step_flops(config: Config, sizes: BatchSizes, learner: Learner, num_classes: int) -> dict[str, int]:
+def step_flops(config: Config, sizes: BatchSizes, learner: Learner) -> dict[str, int]:
     """Operations of one rank in one optimizer step, by what they are for.
 
     Convolutions and matrix products only: what norms, activations and augmentation do is bound by memory, not by
@@ -22,15 +21,11 @@ def step_flops(config: Config, sizes: BatchSizes, learner: Learner, num_classes:
     images = sizes.micro_batch_size * sizes.gradient_accumulation_steps
     views = {size: images * count for size, count in config.data.views_by_size.items()}
     flops = {"student": sum(count * training_flops(learner.network, size) for size, count in views.items())}
-    if has_first_pass(config, sizes):
+    if learner.needs_first_pass(sizes.gradient_accumulation_steps):
         flops["first pass"] = sum(count * forward_flops(learner.network, size) for size, count in views.items())
     for name, companion in learner.companions().items():
         flops[name] = images * config.data.views * forward_flops(companion, config.data.image_size)
-    if isinstance(config.objective, VarConConfig):
-        # Logits, and the mean centroid under each posterior: 2 N K D each.
-        classes = min(num_classes, sizes.global_batch_size)
-        flops["class logits"] = 4 * sum(views.values()) * classes * config.objective.embedding_dim
-    return flops
+    return flops | learner.loss_flops(sizes, sum(config.data.views_by_size.values()))
 
 
 def forward_flops(network: nn.Module, image_size: int) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from varscale.config import BatchSizes, Config, VarConConfig
+from varscale.config import BatchSizes, Config
 from varscale.data.dataset import BetonSummary, DatasetInfo, check_beton, read_dataset_info
 from varscale.engine.manifest import refuse_another_run
 from varscale.engine.rundir import SUBMISSIONS, find_checkpoint, find_checkpoints, read_manifest
@@ -54,11 +54,10 @@ class TrainingData:
 def check_training_data(config: Config, sizes: BatchSizes) -> TrainingData:
     """Read the data set's description and the metadata of both files; UserError where they do not fit the run."""
     info = read_dataset_info(config.data.dir)
-    needs_labels = isinstance(config.objective, VarConConfig)
     found = {}
     for split in ("train", "val"):
         path = config.data.dir / f"{split}.beton"
-        found[split] = check_beton(path, num_classes=info.num_classes, require_labels=needs_labels)
+        found[split] = check_beton(path, num_classes=info.num_classes, require_labels=config.objective.needs_labels)
         if found[split].num_samples != info.num_samples(split):
             raise UserError(
                 f"{path}: holds {found[split].num_samples} images, but dataset.json describes {info.num_samples(split)}"

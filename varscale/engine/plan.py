@@ -19,7 +19,9 @@ def describe(config: Config, sizes: BatchSizes, deepspeed: dict) -> str:
     """The whole plan of a run as text. Builds the network on the CPU, trains nothing, writes nothing."""
     from varscale.engine.learners import build_learner
 
-    learner = build_learner(config, num_classes=2, total_steps=1, device=torch.device("cpu"))
+    is_converted = (config.data.dir / "dataset.json").is_file()
+    num_classes = read_dataset_info(config.data.dir).num_classes if is_converted else 2
+    learner = build_learner(config, num_classes, total_steps=1, device=torch.device("cpu"))
     sections = {
         "configuration": to_yaml(config),
         "DeepSpeed": json.dumps(deepspeed, indent=2),
@@ -32,7 +34,7 @@ def describe(config: Config, sizes: BatchSizes, deepspeed: dict) -> str:
         "parameters": _parameters(learner.network),
         "memory per rank (estimate)": _memory(config, sizes, zero_stage(deepspeed), learner),
     }
-    if sizes.world_size > 1 and (config.data.dir / "dataset.json").is_file():
+    if sizes.world_size > 1 and is_converted:
         sections["messages per rank and step"] = _messages(config, sizes, deepspeed, learner)
     return "\n\n".join(f"== {title} ==\n{text.rstrip()}" for title, text in sections.items())
 
@@ -82,7 +84,7 @@ def _memory(config: Config, sizes: BatchSizes, stage: int, learner) -> str:
 def _messages(config: Config, sizes: BatchSizes, deepspeed: dict, learner) -> str:
     from varscale.engine.traffic import step_traffic
 
-    messages = step_traffic(config, sizes, deepspeed, learner, read_dataset_info(config.data.dir).num_classes)
+    messages = step_traffic(config, sizes, deepspeed, learner)
     lines = [f"{m.purpose:<16} {m.collective:<22} {m.bytes / MIB:10.3f} MiB" for m in messages]
     sent = sum(message.sent(sizes.world_size) for message in messages)
     return "\n".join([*lines, f"a rank sends {sent / MIB:.3f} MiB where collectives run as rings"])

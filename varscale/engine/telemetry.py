@@ -18,7 +18,7 @@ from varscale.engine.meter import Meter
 from varscale.engine.metrics import MetricsFile
 from varscale.engine.state import TrainState
 
-SHOWN = ("loss", "kl", "nll", "cosine", "lr", "images_per_second")  # on the progress bar
+SHOWN = ("loss", "kl", "nll", "cosine", "top1", "lr", "images_per_second")  # on the progress bar
 
 
 class Telemetry:

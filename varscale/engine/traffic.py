@@ -10,11 +10,11 @@ from typing import NamedTuple
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from varscale.config import BatchSizes, Config, VarConConfig, zero_stage
+from varscale.config import BatchSizes, Config, zero_stage
 from varscale.engine.learners import Learner
+from varscale.engine.messages import Message
 from varscale.engine.optimizers import build_optimizer
 from varscale.models.norm import SyncBatchNorm
-from varscale.objectives.centroids import MAX_DENSE_CLASSES
 
 # Which argument is the whole message: what every rank holds before a reduction, or after a gathering.
 _MESSAGES = {
@@ -84,32 +84,17 @@ def _bytes(message: Tensor | list[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-class Message(NamedTuple):
-    """What one rank hands to one kind of collective in an optimizer step, and what for."""
-
-    purpose: str
-    collective: str
-    bytes: int
-    calls: int
-
-    def sent(self, world_size: int) -> float:
-        """Bytes that a rank sends in a ring: 2 (W - 1) / W of an all-reduce's message, half of that otherwise."""
-        return (2 if self.collective == "all_reduce" else 1) * (world_size - 1) / world_size * self.bytes
-
-
-def step_traffic(
-    config: Config, sizes: BatchSizes, deepspeed: dict, learner: Learner, num_classes: int
-) -> list[Message]:
+def step_traffic(config: Config, sizes: BatchSizes, deepspeed: dict, learner: Learner) -> list[Message]:
     """The messages of one optimizer step on more than one rank, as the formulas of benchmarks/scaling.md have them.
 
     They hold for DeepSpeed 0.19.8 with the configurations of ds_configs/, and for networks that stay within
     stage3_max_live_parameters (1e9): above it ZeRO-3 gathers once more for the backward pass. Under ZeRO-3 the first
-    pass of exact centroids is an estimate, and the number of gatherings an upper bound: DeepSpeed joins some.
+    pass of exact accumulation is an estimate, and the number of gatherings an upper bound: DeepSpeed joins some.
 
     learner: before ZeRO-3 has partitioned it.
     """
     stage, micro = zero_stage(deepspeed), sizes.gradient_accumulation_steps
-    first_passes = micro if has_first_pass(config, sizes) else 0
+    first_passes = micro if learner.needs_first_pass(micro) else 0
     groups = _parameter_groups(config, learner)
     messages = [
         *_parameter_messages(stage, micro, first_passes, len(groups), learner, deepspeed),
@@ -120,17 +105,8 @@ def step_traffic(
         messages.append(Message("gradient norm", "all_reduce", 4 * numbers * len(groups), len(groups)))
         adapted = sum(group.get("adapt", False) for group in groups)
         messages.append(Message("LARS norms", "all_reduce", 8 * adapted, adapted))
-    if isinstance(config.objective, VarConConfig):
-        exchanges = 1 if first_passes else micro
-        images = sizes.global_batch_size // exchanges
-        messages += _class_messages(config.objective, exchanges, images, num_classes)
+    messages += learner.messages(sizes, sum(config.data.views_by_size.values()))
     return [message for message in messages if message.bytes]
-
-
-def has_first_pass(config: Config, sizes: BatchSizes) -> bool:
-    """Whether a step sees all micro-batches once before it learns from the first: accumulation with exact centroids."""
-    exact = isinstance(config.objective, VarConConfig) and config.objective.centroids == "exact"
-    return exact and sizes.gradient_accumulation_steps > 1
 
 
 def _parameter_messages(
@@ -182,19 +158,6 @@ def _batch_norm_messages(micro: int, first_passes: int, learner: Learner, view_s
         ),
         message("teacher's batch norm", layers(*learner.companions().values()), micro, 0),
     ]
-
-
-def _class_messages(objective: VarConConfig, exchanges: int, images: int, num_classes: int) -> list[Message]:
-    """Sums and counts; beyond `MAX_DENSE_CLASSES` of the classes present, which are at most as many as images."""
-    dense = num_classes <= MAX_DENSE_CLASSES
-    rows = num_classes if dense else min(num_classes, images)
-    reductions = exchanges * (1 if objective.detach_centroids else 2)  # the gradient of the statistics goes back
-    bytes_ = 4 * rows * (objective.embedding_dim + 1)
-    messages = [Message("class statistics", "all_reduce", reductions * bytes_, reductions)]
-    if not dense:
-        messages.append(Message("number of classes", "all_reduce", 8 * exchanges, exchanges))
-        messages.append(Message("class numbers", "all_gather", 8 * exchanges * images, exchanges))
-    return messages
 
 
 def _parameter_groups(config: Config, learner: Learner) -> list[dict]:

@@ -1,4 +1,4 @@
-"""The heads on top of the encoder: VarCon's projection, and VSSL's projector, predictor and Gaussian outputs."""
+"""The heads on top of the encoder: a projection to embeddings, and a student's projector, predictor and Gaussian."""
 
 from typing import NamedTuple
 
@@ -19,24 +19,26 @@ class Gaussian(NamedTuple):
 
 
 class ProjectionHead(nn.Sequential):
-    """VarCon's head, features (N, d) -> embeddings (N, D): Linear(d, d), ReLU, Linear(d, D), then unit norm.
+    """Features (N, d) -> embeddings (N, D): Linear(d, h), ReLU, Linear(h, D), then unit norm.
 
-    The norm is taken in float32 at least, whatever the precision of the layers; a zero vector stays zero.
+    That of VarCon, SupCon and SimCLR. hidden_dim: h; d where it is None. The norm is taken in float32 at least,
+    whatever the precision of the layers; a zero vector stays zero.
     """
 
-    def __init__(self, feature_dim: int, embedding_dim: int = 128):
+    def __init__(self, feature_dim: int, embedding_dim: int = 128, hidden_dim: int | None = None):
+        hidden_dim = hidden_dim or feature_dim
         super().__init__(
-            nn.Linear(feature_dim, feature_dim), nn.ReLU(inplace=True), nn.Linear(feature_dim, embedding_dim)
+            nn.Linear(feature_dim, hidden_dim), nn.ReLU(inplace=True), nn.Linear(hidden_dim, embedding_dim)
         )
 
     def forward(self, features: Tensor) -> Tensor:
-        return F.normalize(_at_least_float32(super().forward(features)), dim=1)
+        return F.normalize(at_least_float32(super().forward(features)), dim=1)
 
 
 def batch_normalised_mlp(
     in_dim: int, hidden_dim: int, out_dim: int, *, normalise_output: bool = False, sync_batch_norm: bool = True
 ) -> nn.Sequential:
-    """Linear-BN-ReLU-Linear, (N, in_dim) -> (N, out_dim): VSSL's projector and predictor, after BYOL.
+    """Linear-BN-ReLU-Linear, (N, in_dim) -> (N, out_dim): projector and predictor, after BYOL.
 
     The first layer has no bias: batch normalisation would subtract it again. normalise_output: a batch normalisation
     without scale and shift behind it, as in MoCo v3 (arXiv 2104.02057, its code).
@@ -70,8 +72,9 @@ class GaussianHead(nn.Module):
             self.logvar.weight.mul_(INITIAL_LOGVAR_SCALE)
 
     def forward(self, latents: Tensor) -> Gaussian:
-        return Gaussian(_at_least_float32(self.mean(latents)), _at_least_float32(self.logvar(latents)))
+        return Gaussian(at_least_float32(self.mean(latents)), at_least_float32(self.logvar(latents)))
 
 
-def _at_least_float32(values: Tensor) -> Tensor:
+def at_least_float32(values: Tensor) -> Tensor:
+    """`values` in float32, or unchanged where they are float64."""
     return values.to(torch.promote_types(values.dtype, torch.float32))

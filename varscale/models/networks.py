@@ -5,11 +5,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from varscale.models.heads import Gaussian, GaussianHead, ProjectionHead, batch_normalised_mlp
+from varscale.models.heads import Gaussian, GaussianHead, ProjectionHead, at_least_float32, batch_normalised_mlp
 
 
-class VarConNetwork(nn.Module):
-    """images (N, 3, H, W), of one size or of several -> unit-norm embeddings (N, D) for the VarCon objective."""
+class HeadedNetwork(nn.Module):
+    """images (N, 3, H, W), of one size or of several -> what the head makes of their features: embeddings or logits."""
 
     def __init__(self, encoder: nn.Module, head: nn.Module):
         super().__init__()
@@ -20,24 +20,26 @@ class VarConNetwork(nn.Module):
         return self.head(encode(self.encoder, images))
 
 
-class VSSLNetwork(nn.Module):
-    """images (N, 3, H, W), of one size or of several -> `Gaussian` of (N, d) and (N, d) for the VSSL objective.
+class StudentNetwork(nn.Module):
+    """images (N, 3, H, W), of one size or of several -> latents (N, d), or with a Gaussian head `Gaussian` of them.
 
-    The teacher has no predictor.
+    In float32 at least. The teacher has no predictor.
     """
 
-    def __init__(self, encoder: nn.Module, projector: nn.Module, predictor: nn.Module | None, gaussian: nn.Module):
+    def __init__(
+        self, encoder: nn.Module, projector: nn.Module, predictor: nn.Module | None, gaussian: nn.Module | None
+    ):
         super().__init__()
         self.encoder = encoder
         self.projector = projector
         self.predictor = predictor
         self.gaussian = gaussian
 
-    def forward(self, *images: Tensor) -> Gaussian:
+    def forward(self, *images: Tensor) -> Tensor | Gaussian:
         latents = self.projector(encode(self.encoder, images))
         if self.predictor is not None:
             latents = self.predictor(latents)
-        return self.gaussian(latents)
+        return at_least_float32(latents) if self.gaussian is None else self.gaussian(latents)
 
 
 def encode(encoder: nn.Module, images: Sequence[Tensor]) -> Tensor:
@@ -50,31 +52,47 @@ def encode(encoder: nn.Module, images: Sequence[Tensor]) -> Tensor:
     return features[0] if len(features) == 1 else torch.cat(features)
 
 
-def build_varcon_network(encoder: nn.Module, *, embedding_dim: int = 128) -> VarConNetwork:
-    """`encoder` with a freshly initialised projection head to `embedding_dim`."""
-    return VarConNetwork(encoder, ProjectionHead(encoder.feature_dim, embedding_dim))
+def build_embedding_network(
+    encoder: nn.Module, *, embedding_dim: int = 128, projector_hidden: int | None = None
+) -> HeadedNetwork:
+    """`encoder` with a freshly initialised `ProjectionHead` to unit-norm embeddings of width `embedding_dim`."""
+    return HeadedNetwork(encoder, ProjectionHead(encoder.feature_dim, embedding_dim, projector_hidden))
 
 
-def build_vssl_network(
+def build_classifier(encoder: nn.Module, num_classes: int) -> HeadedNetwork:
+    """`encoder` with a freshly initialised linear layer to logits, (N, num_classes)."""
+    return HeadedNetwork(encoder, nn.Linear(encoder.feature_dim, num_classes))
+
+
+def build_student_network(
     encoder: nn.Module,
     *,
     latent_dim: int = 256,
     projector_hidden: int = 4096,
     predictor: bool = True,
     predictor_hidden: int = 4096,
+    gaussian: bool = False,
     normalise_latents: bool = False,
+    normalise_predictions: bool | None = None,
     sync_batch_norm: bool = True,
-) -> VSSLNetwork:
-    """The student: `encoder` with a freshly initialised projector, predictor (where wanted) and Gaussian head.
+) -> StudentNetwork:
+    """The student: `encoder` with a freshly initialised projector and, where wanted, predictor and Gaussian head.
 
-    The widths are this project's, after BYOL's: the projector maps feature_dim to latent_dim through projector_hidden
+    The default widths are BYOL's: the projector maps feature_dim to latent_dim through projector_hidden
     units, the predictor latent_dim to itself through predictor_hidden. normalise_latents: a batch normalisation behind
-    each of them, so that no mean that all samples share can grow.
+    the projector, so that no mean that all samples share can grow; normalise_predictions: behind the predictor, as
+    behind the projector where it is None.
     """
-    options = {"normalise_output": normalise_latents, "sync_batch_norm": sync_batch_norm}
-    return VSSLNetwork(
+    if normalise_predictions is None:
+        normalise_predictions = normalise_latents
+    sync = {"sync_batch_norm": sync_batch_norm}
+    return StudentNetwork(
         encoder,
-        batch_normalised_mlp(encoder.feature_dim, projector_hidden, latent_dim, **options),
-        batch_normalised_mlp(latent_dim, predictor_hidden, latent_dim, **options) if predictor else None,
-        GaussianHead(latent_dim),
+        batch_normalised_mlp(
+            encoder.feature_dim, projector_hidden, latent_dim, normalise_output=normalise_latents, **sync
+        ),
+        batch_normalised_mlp(latent_dim, predictor_hidden, latent_dim, normalise_output=normalise_predictions, **sync)
+        if predictor
+        else None,
+        GaussianHead(latent_dim) if gaussian else None,
     )

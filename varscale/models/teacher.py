@@ -1,4 +1,4 @@
-"""The momentum teacher of VSSL: an exponential moving average of the student, never trained itself."""
+"""The momentum teacher: an exponential moving average of the student, never trained itself."""
 
 from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from varscale.models.heads import Gaussian
-from varscale.models.networks import VSSLNetwork
+from varscale.models.networks import StudentNetwork
 from varscale.models.norm import frozen_running_statistics
 
 
 class MomentumTeacher(nn.Module):
-    """A copy of the student's encoder, projector and Gaussian head that follows the student by `update`.
+    """A copy of the student's encoder, projector and (where it has one) Gaussian head, following it by `update`.
 
     Build it from the whole student, before any parameter is partitioned; then ZeRO stage 3 may partition both, and
     `update` moves every rank's own part. As in BYOL the teacher's batch normalisation uses the statistics of its own
@@ -20,20 +20,20 @@ class MomentumTeacher(nn.Module):
     with the student's.
     """
 
-    def __init__(self, student: VSSLNetwork):
+    def __init__(self, student: StudentNetwork):
         super().__init__()
         parts = (student.encoder, student.projector, student.gaussian)
         encoder, projector, gaussian = (deepcopy(part) for part in parts)
-        self.network = VSSLNetwork(encoder, projector, None, gaussian).requires_grad_(False).train()
+        self.network = StudentNetwork(encoder, projector, None, gaussian).requires_grad_(False).train()
 
     @torch.no_grad()
-    def forward(self, images: Tensor) -> Gaussian:
-        """images (N, 3, H, W) -> `Gaussian` of (N, d) and (N, d), without gradient."""
+    def forward(self, images: Tensor) -> Tensor | Gaussian:
+        """images (N, 3, H, W) -> latents (N, d) or `Gaussian` of (N, d) and (N, d), without gradient."""
         with frozen_running_statistics(self.network):
             return self.network(images)
 
     def update(
-        self, student: VSSLNetwork, momentum: float, *, part: Callable[[nn.Parameter], Tensor] = lambda p: p
+        self, student: StudentNetwork, momentum: float, *, part: Callable[[nn.Parameter], Tensor] = lambda p: p
     ) -> None:
         """theta_t <- momentum theta_t + (1 - momentum) theta_s for parameters; buffers are copied.
 

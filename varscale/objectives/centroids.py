@@ -162,23 +162,33 @@ def require(condition: Tensor, message: str) -> None:
 
 def check_batch(embeddings: Tensor, labels: Tensor, num_classes: int) -> None:
     """Raises ValueError unless `embeddings`, `labels` and `num_classes` are what `local_statistics` expects."""
-    if embeddings.ndim != 2 or not embeddings.is_floating_point() or 0 in embeddings.shape:
-        raise ValueError(
-            f"embeddings: expected a non-empty (N, D) floating-point tensor, found {embeddings.dtype} "
-            f"of shape {tuple(embeddings.shape)}"
-        )
-    integer = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
-    if not integer or labels.shape != embeddings.shape[:1] or labels.device != embeddings.device:
-        raise ValueError(
-            f"labels: expected an integer tensor of shape ({len(embeddings)},) on {embeddings.device}, found "
-            f"{labels.dtype} of shape {tuple(labels.shape)} on {labels.device}"
-        )
+    check_embeddings(embeddings)
+    check_labels(labels, embeddings)
     if num_classes < 1:
         raise ValueError(f"num_classes: expected at least 1, found {num_classes}")
     require(
         ((labels >= 0) & (labels < num_classes)).all(),
         f"labels: expected classes from 0 to {num_classes - 1}, found one outside",
     )
+
+
+def check_embeddings(embeddings: Tensor) -> None:
+    """Raises ValueError unless they are a non-empty (N, D) floating-point tensor."""
+    if embeddings.ndim != 2 or not embeddings.is_floating_point() or 0 in embeddings.shape:
+        raise ValueError(
+            f"embeddings: expected a non-empty (N, D) floating-point tensor, found {embeddings.dtype} "
+            f"of shape {tuple(embeddings.shape)}"
+        )
+
+
+def check_labels(labels: Tensor, embeddings: Tensor) -> None:
+    """Raises ValueError unless there is one integer for each of the embeddings."""
+    integer = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
+    if not integer or labels.shape != embeddings.shape[:1] or labels.device != embeddings.device:
+        raise ValueError(
+            f"labels: expected an integer tensor of shape ({len(embeddings)},) on {embeddings.device}, found "
+            f"{labels.dtype} of shape {tuple(labels.shape)} on {labels.device}"
+        )
 
 
 def _union_over_ranks(class_ids: Tensor, group: dist.ProcessGroup | None) -> Tensor:

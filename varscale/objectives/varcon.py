@@ -9,12 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from varscale.objectives.blocks import row_blocks
 from varscale.objectives.centroids import ClassStatistics, at_least_float32, check_batch, class_statistics
-
-# Logits alive at a time. On the CPU a block that stays in cache is as fast as the whole and takes a few MB; on other
-# devices a block must be long enough to hide the launch of its kernels.
-LOGITS_PER_BLOCK = 2**20
-LOGITS_PER_BLOCK_ACCELERATOR = 2**24
 
 # At tau2 = 1e-4 the target is one-hot to the last bit, exp(-10000) being zero in float64 too: a smaller tau2 changes
 # nothing but would overflow in the derivative of 1 / tau2.
@@ -155,7 +151,7 @@ class _ClassLogits(torch.autograd.Function):
         absent = torch.zeros_like(present, dtype=scaled.dtype).masked_fill_(~present, -torch.inf)
         mean_centroid = torch.empty_like(scaled) if ctx.needs_input_grad[0] else None
         lse, own_logit = scaled.new_empty(len(scaled)), scaled.new_empty(len(scaled))
-        for block in _blocks(scaled, centroids):
+        for block in row_blocks(len(scaled), len(centroids), scaled.device):
             logits = torch.addmm(absent, scaled[block], centroids.T)
             own_logit[block] = logits.gather(1, rows[block].unsqueeze(1)).squeeze(1)
             largest = logits.amax(dim=1, keepdim=True)
@@ -177,17 +173,10 @@ class _ClassLogits(torch.autograd.Function):
                 grad_scaled = grad_lse.unsqueeze(1) * mean_centroid + grad_own.unsqueeze(1) * centroids[rows]
             if ctx.needs_input_grad[1]:
                 grad_centroids = torch.zeros_like(centroids).index_add_(0, rows, grad_own.unsqueeze(1) * scaled)
-                for block in _blocks(scaled, centroids):
+                for block in row_blocks(len(scaled), len(centroids), scaled.device):
                     log_p = torch.addmm(absent, scaled[block], centroids.T).sub_(lse[block].unsqueeze(1))
                     grad_centroids += log_p.exp_().mul_(grad_lse[block].unsqueeze(1)).T @ scaled[block]
         return grad_scaled, grad_centroids, None, None
-
-
-def _blocks(scaled: Tensor, centroids: Tensor) -> list[slice]:
-    """Consecutive blocks of samples whose logits fit the limit."""
-    limit = LOGITS_PER_BLOCK if scaled.device.type == "cpu" else LOGITS_PER_BLOCK_ACCELERATOR
-    length = max(1, limit // len(centroids))
-    return [slice(start, start + length) for start in range(0, len(scaled), length)]
 
 
 def _check_temperatures(temperature: float, epsilon: float) -> None:

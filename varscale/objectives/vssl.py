@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Sequence
-from itertools import product
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from varscale.objectives.collapse import cosine, direction_moments
+from varscale.objectives.views import check_views, ordered_pairs
 
 
 class Gaussian(NamedTuple):
@@ -53,8 +55,7 @@ def vssl_loss(
     Returns:
         The loss, a scalar in float32 (float64 for float64 input), and its terms, detached: the scalars `kl` and `nll`;
         `prior` where it has a weight; `cosine` between the student's and teacher's means; `logvar_mean`, `logvar_min`,
-        `logvar_max` of the student, after the bounds; and what `spread` needs: `direction` (V, d), each view's average
-        of the student's normalised mean, and `direction_square`, the average square of its norm.
+        `logvar_max` of the student, after the bounds; and the `direction_moments` of the student's means.
 
     Raises:
         ValueError: an argument of another type, shape or range.
@@ -65,11 +66,11 @@ def vssl_loss(
     weights = {"kl_weight": kl_weight, "likelihood_weight": likelihood_weight, "prior_weight": prior_weight}
     _check_options(distance, weights, logvar_bounds)
     student, teacher = [Gaussian(*view) for view in student], [Gaussian(*view) for view in teacher]
-    _check_views(student, teacher)
+    check_views(*([{f".{name}": t for name, t in v._asdict().items()} for v in views] for views in (student, teacher)))
     with torch.autocast(student[0].mean.device.type, enabled=False):
         student = [_bounded(view, logvar_bounds) for view in student]
         teacher = [_bounded(Gaussian(view.mean.detach(), view.logvar.detach()), logvar_bounds) for view in teacher]
-        pairs = [_DISTANCES[distance](student[a], teacher[b]) for a, b in _pairs(student, teacher)]
+        pairs = [_DISTANCES[distance](student[a], teacher[b]) for a, b in ordered_pairs(student, teacher)]
         kl, nll = (torch.stack(term).mean() for term in zip(*pairs, strict=True))
         loss = kl_weight * kl + likelihood_weight * nll
         terms = {"kl": kl, "nll": nll}
@@ -78,18 +79,6 @@ def vssl_loss(
             loss = loss + prior_weight * terms["prior"]
         terms |= _diagnostics(student, teacher)
     return loss, {name: term.detach() for name, term in terms.items()}
-
-
-def spread(direction: Tensor, direction_square: Tensor) -> Tensor:
-    """How far the latent means of a batch point apart: 1 where evenly over the sphere, 0 after a collapse to one point.
-
-    The standard deviation over samples of the normalised mean, sqrt(d) times its root mean square over dimensions and
-    views. Within each view, since a constant difference between views would hide that all samples are alike.
-
-    Args:
-        direction, direction_square: terms of `vssl_loss`, or their averages over the parts of a batch.
-    """
-    return (direction_square - direction.square().sum(dim=1).mean()).clamp(min=0).sqrt()
 
 
 def soft_clamp(values: Tensor, low: float, high: float) -> Tensor:
@@ -114,11 +103,6 @@ def soft_clamp(values: Tensor, low: float, high: float) -> Tensor:
     return middle + half * torch.where(outside, outer, inner)
 
 
-def _pairs(student: Sequence[Gaussian], teacher: Sequence[Gaussian]) -> list[tuple[int, int]]:
-    """Every view of the student with every other view of the teacher."""
-    return [(a, b) for a, b in product(range(len(student)), range(len(teacher))) if a != b]
-
-
 def _euclidean_terms(student: Gaussian, teacher: Gaussian) -> tuple[Tensor, Tensor]:
     """KL(q_s || p_t) and E_{z~p_t}[-log q_s(z)] of the Gaussians themselves: summed over dimensions, in nats."""
     difference = student.logvar - teacher.logvar
@@ -133,7 +117,7 @@ def _euclidean_terms(student: Gaussian, teacher: Gaussian) -> tuple[Tensor, Tens
 def _cosine_terms(student: Gaussian, teacher: Gaussian) -> tuple[Tensor, Tensor]:
     """The same with 2 (1 - cos) for the squared distance of the means: averaged over dimensions, less constants."""
     difference = student.logvar - teacher.logvar
-    half_squared_distance = 1 - _cosine(student.mean, teacher.mean)
+    half_squared_distance = 1 - cosine(student.mean, teacher.mean)
     kl = (difference.exp() - difference - 1).mean(dim=1) / 2 + half_squared_distance * (-teacher.logvar).exp().mean(1)
     nll = (student.logvar + (-difference).exp()).mean(dim=1) / 2
     nll = nll + half_squared_distance * (-student.logvar).exp().mean(dim=1)
@@ -152,28 +136,15 @@ def _prior_term(student: Gaussian, distance: str) -> Tensor:
 @torch.no_grad()
 def _diagnostics(student: Sequence[Gaussian], teacher: Sequence[Gaussian]) -> dict[str, Tensor]:
     """The terms that show a collapse; see `vssl_loss`."""
-    pairs = _pairs(student, teacher)
+    pairs = ordered_pairs(student, teacher)
     logvar = torch.stack([view.logvar for view in student])
-    directions = torch.stack([_normalised(view.mean) for view in student])
     return {
-        "cosine": torch.stack([_cosine(student[a].mean, teacher[b].mean).mean() for a, b in pairs]).mean(),
+        "cosine": torch.stack([cosine(student[a].mean, teacher[b].mean).mean() for a, b in pairs]).mean(),
         "logvar_mean": logvar.mean(),
         "logvar_min": logvar.min(),
         "logvar_max": logvar.max(),
-        "direction": directions.mean(dim=1),
-        "direction_square": directions.square().sum(dim=2).mean(),
+        **direction_moments([view.mean for view in student]),
     }
-
-
-def _cosine(first: Tensor, second: Tensor) -> Tensor:
-    """Cosine of the angle between rows, (N, d) and (N, d) -> (N,); 0, with zero gradient, where a row is zero."""
-    return (_normalised(first) * _normalised(second)).sum(dim=1)
-
-
-def _normalised(vectors: Tensor) -> Tensor:
-    """Rows of (N, d) scaled to unit norm; a row too short for its squares to be represented becomes the zero vector."""
-    norm = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
-    return vectors / norm.where(norm > math.sqrt(torch.finfo(norm.dtype).tiny), torch.inf)
 
 
 def _bounded(view: Gaussian, logvar_bounds: tuple[float, float]) -> Gaussian:
@@ -191,22 +162,3 @@ def _check_options(distance: str, weights: dict[str, float], logvar_bounds: tupl
     low, high = logvar_bounds
     if not (-math.inf < low < high < math.inf):
         raise ValueError(f"logvar_bounds: expected finite (low, high) with low < high, found {logvar_bounds}")
-
-
-def _check_views(student: Sequence[Gaussian], teacher: Sequence[Gaussian]) -> None:
-    if not 2 <= len(teacher) <= len(student):
-        raise ValueError(
-            "student, teacher: expected two or more views of both, and none that only the teacher sees, "
-            f"found {len(student)} and {len(teacher)}"
-        )
-    first = student[0].mean
-    for network, views in (("student", student), ("teacher", teacher)):
-        for index, view in enumerate(views):
-            for name, tensor in view._asdict().items():
-                fits = tensor.ndim == 2 and tensor.is_floating_point() and 0 not in tensor.shape
-                if not fits or tensor.shape != first.shape or tensor.device != first.device:
-                    raise ValueError(
-                        f"{network}[{index}].{name}: expected a non-empty (N, d) floating-point tensor like "
-                        f"student[0].mean {tuple(first.shape)} on {first.device}, found {tensor.dtype} of shape "
-                        f"{tuple(tensor.shape)} on {tensor.device}"
-                    )

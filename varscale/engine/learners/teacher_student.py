@@ -1,0 +1,76 @@
+"""A student that learns to predict its momentum teacher's outputs for other views: VSSL and its relatives."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from varscale.config import Config
+from varscale.engine.learners.base import Forward, Learner, MicroBatch, Terms
+from varscale.engine.schedules import teacher_momentum
+from varscale.engine.zero import drop_whole_copies, local_part
+from varscale.models.networks import StudentNetwork
+from varscale.models.teacher import MomentumTeacher
+from varscale.objectives.collapse import spread
+
+COLLAPSED = 0.2  # below this spread of the latents a person is warned
+
+ViewLoss = Callable[[Sequence, Sequence], tuple[Tensor, Terms]]
+
+
+class TeacherStudentLearner(Learner):
+    """The student's outputs for all views against the teacher's for the large ones.
+
+    view_loss: from the student's and the teacher's outputs, one a view, to the loss and its terms, among them those
+        that `spread` needs.
+    """
+
+    def __init__(self, network: StudentNetwork, view_loss: ViewLoss, config: Config, total_steps: int) -> None:
+        self.network = network
+        self.teacher = MomentumTeacher(network)
+        self.view_loss = view_loss
+        self.objective = config.objective
+        self.autocast = config.compute.precision == "bfloat16"
+        self.large_views = config.data.views
+        self.total_steps = total_steps
+
+    def loss(self, forward: Forward, batch: MicroBatch) -> tuple[Tensor, Terms]:
+        student = by_view(forward(*batch.views), len(batch.labels))
+        loss, terms = self.view_loss(student, self.teacher_outputs(batch))
+        return loss, {"loss": loss, **terms}
+
+    def teacher_outputs(self, batch: MicroBatch) -> list:
+        """What the teacher says of each large view: small crops say too little to learn from."""
+        large = batch.views[0]
+        with torch.autocast(large.device.type, torch.bfloat16, enabled=self.autocast):
+            return by_view(self.teacher(large), len(batch.labels))
+
+    def after_step(self, step: int) -> None:
+        momentum = teacher_momentum(
+            step, self.total_steps, base=self.objective.teacher_momentum, final=self.objective.teacher_momentum_final
+        )
+        drop_whole_copies(self.teacher)
+        self.teacher.update(self.network, momentum, part=local_part)
+
+    def derive(self, means: Terms) -> dict[str, float]:
+        others = dict(means)
+        others["spread"] = spread(others.pop("direction"), others.pop("direction_square"))
+        return super().derive(others)
+
+    def warning(self, shown: dict[str, float]) -> str | None:
+        if shown["spread"] >= COLLAPSED:
+            return None
+        return (
+            f"the latents are collapsing: spread {shown['spread']:.3f} (1 is healthy, 0 is one point for all images); "
+            "a lower learning rate, less weight decay or the predictor help"
+        )
+
+    def companions(self) -> dict[str, nn.Module]:
+        return {"teacher": self.teacher}
+
+
+def by_view(output: Tensor | tuple[Tensor, ...], images: int) -> list:
+    """Rows of all views as one tensor a view, or for several tensors (a Gaussian's) as one tuple a view."""
+    if isinstance(output, Tensor):
+        return list(output.split(images))
+    return list(zip(*(part.split(images) for part in output), strict=True))
