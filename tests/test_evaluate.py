@@ -168,6 +168,15 @@ def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["knn", "epochs=1"], "evaluators: unknown key 'epochs'; nearest: linear.epochs"),
         (["knn", "knn=3"], "evaluators: knn is a section, not a value; set one of knn.k, knn.temperature"),
         (["knn", "linear.lr=1"], "override 'linear.lr=1': linear is not among the evaluators asked for"),
+        (["few_shot", "few_shot.percent=[0]"], "evaluators: few_shot.percent.0 is 0"),
+        (["clustering", "clustering.layer=head"], "clustering.layer is 'head'; choose from features, embeddings"),
+        (["clustering", "clustering.sample=9"], "unknown key 'clustering.sample'; nearest: clustering.samples"),
+        (["calibration", "calibration.bins=1"], "evaluators: calibration.bins is 1"),
+        (["embedding_plot", "embedding_plot.methods=[tsme]"], "nearest: tsne"),
+        (["transfer"], "transfer.data is not set"),
+        (["transfer", "transfer.data=nowhere"], "nowhere holds no converted data set"),
+        (["corruption", "corruption.dir=nowhere"], "corruption.dir nowhere: there is no such folder"),
+        (["corruption", "corruption.names=[frog]"], "'frog' is none of"),
         (["linear", "linear.epochs=0"], "evaluators: linear.epochs is 0"),
         (["linear", "linear.lr=-1"], "evaluators: linear.lr is -1"),
         (["knn", "--batch-size", "0"], "--batch-size is 0"),
@@ -241,6 +250,46 @@ def test_a_damaged_file_of_results(run, capsys):
     (run / "evaluation" / "step-00000042.json").write_text("{")
     assert main(["--checkpoint", str(run), "knn"]) == 2
     assert "step-00000042.json: not a file of results" in capsys.readouterr().err
+
+
+def test_pictures_and_details_lie_beside_the_results(run, data, tmp_path):
+    names = ["few_shot", "clustering", "calibration", "dispersion", "embedding_plot", "alignment_uniformity"]
+    arguments = ["--checkpoint", str(run), *names, "few_shot.seeds=2", "embedding_plot.methods=[pca]", "--baselines"]
+    assert main(arguments) == 0
+    found = results(run)
+    for model in ("trained", "untrained", "pixels"):
+        for name in names:
+            record = found[model, name]
+            assert record["metrics"].keys() == record["units"].keys()
+            assert set(record["units"].values()) <= {"%", ""}
+            suffix = "" if model == "trained" else f"-{model}"
+            expected = None if name == "alignment_uniformity" else f"step-00000042/{name}{suffix}.png"
+            assert record["picture"] == expected
+            assert expected is None or (run / "evaluation" / expected).read_bytes()[:4] == b"\x89PNG"
+    assert found["trained", "calibration"]["units"] == {
+        "top1": "%",
+        "nll": "",
+        "ece": "",
+        "nll_adaptive": "",
+        "ece_adaptive": "",
+    }
+    assert len(found["trained", "clustering"]["details"]["linkage"]) == CLASSES - 1
+    assert found["trained", "calibration"]["notes"][0].startswith("there is no projection head")
+
+
+def test_transfer_to_data_of_other_classes_and_sizes(run, tmp_path):
+    convert_colours(tmp_path / "five", classes=5, size=6)
+    arguments = ["--checkpoint", str(run), "transfer", f"transfer.data={tmp_path / 'five'}", "transfer.epochs=1"]
+    assert main(arguments) == 0
+    record = results(run)["trained", "transfer"]
+    assert record["details"] == {"classes": 5, "train": TRAIN, "val": VAL}
+    assert 20 <= record["metrics"]["finetune_top1"] <= 100
+    assert record["metrics"]["linear_top1"] > 40
+    assert "enlarged" in record["notes"][0]
+
+
+def test_corruptions_want_images_of_32_pixels(run, capsys):
+    assert "have 8 pixels a side" in refusal(["--checkpoint", str(run), "corruption"], capsys)
 
 
 def damaged_cache(run: Path) -> Path:

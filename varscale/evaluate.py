@@ -9,6 +9,7 @@ Features are kept in RUN/evaluation/features.
 
 import argparse
 import difflib
+import json
 import os
 import sys
 import time
@@ -66,11 +67,16 @@ def main(arguments: list[str] | None = None) -> int:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(prog="python -m varscale.evaluate", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m varscale.evaluate",
+        description=__doc__.split("\n\n")[0],
+        epilog="\n".join(["evaluators and their settings:", *map(settings_line, EVALUATORS)]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
     add("--checkpoint", type=Path, required=True, metavar="RUN", help="a run, or one checkpoint in it")
     add("--data", type=Path, metavar="DIR", help="a converted data set (default: the one of the run)")
-    what = f"what to measure: {', '.join(EVALUATORS)}; and how: EVALUATOR.key=value, such as knn.k=[20,200]"
+    what = "what to measure, and how: a name from the list below, or EVALUATOR.key=value, such as knn.k=[20,200]"
     add("evaluators", nargs="+", metavar="EVALUATOR", help=what)
     add("--baselines", action="store_true", help="also measure raw pixels and the same encoder before training")
     add("--precision", choices=("float32", "bfloat16"), default="float32", help="of the encoder (default: %(default)s)")
@@ -78,6 +84,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--workers", type=int, default=0, metavar="N", help="loader threads (default: this machine's cores, shared)")
     add("--no-cache", action="store_true", help="neither read nor keep features in RUN/evaluation/features")
     return parser.parse_intermixed_args(arguments)
+
+
+def settings_line(name: str) -> str:
+    """An evaluator with its settings' defaults, as one would write them."""
+    defaults = EVALUATORS[name].Settings().model_dump(mode="json")
+    written = (f"{key}={json.dumps(value, separators=(',', ':'))}" for key, value in defaults.items())
+    return f"  {name:<22}{'  '.join(written)}"
 
 
 def choose_evaluators(words: list[str]) -> dict[str, Section]:
@@ -95,7 +108,11 @@ def choose_evaluators(words: list[str]) -> dict[str, Section]:
     for override in overrides:
         if (name := override.partition(".")[0]) not in names:
             raise UserError(f"override {override!r}: {name} is not among the evaluators asked for; add its name")
-    return {name: getattr(settings, name) for name in names}
+    chosen = {name: getattr(settings, name) for name in names}
+    for name, own in chosen.items():
+        if check := getattr(EVALUATORS[name], "check", None):
+            check(own)
+    return chosen
 
 
 def evaluate(options: argparse.Namespace) -> list[dict]:
@@ -138,17 +155,23 @@ def evaluate(options: argparse.Namespace) -> list[dict]:
             cache=None if options.no_cache else cache,
         )
         for name, settings in chosen.items():
-            start = time.perf_counter()
-            result = EVALUATORS[name].run(context, settings)
-            if accelerator.is_main_process:
-                draw = getattr(EVALUATORS[name], "draw", None)
-                seconds = {"seconds": round(time.perf_counter() - start, 1)}
-                figure = draw(result.details) if draw else None
-                report.add(model.name, name, result, surroundings | seconds, figure)
+            measure(name, settings, context, model.name, report, surroundings)
     if accelerator.is_main_process:
         print(report.table())
     accelerator.end_training()
     return report.measured
+
+
+def measure(
+    name: str, settings: Section, context: Context, model: str, report: Report, surroundings: dict[str, object]
+) -> None:
+    """Run one evaluator on every rank; rank 0 records its result and draws its picture."""
+    start = time.perf_counter()
+    result = EVALUATORS[name].run(context, settings)
+    if context.place.rank == 0:
+        seconds = {"seconds": round(time.perf_counter() - start, 1)}
+        draw = getattr(EVALUATORS[name], "draw", None)
+        report.add(model, name, result, surroundings | seconds, draw(result.details) if draw else None)
 
 
 def models(

@@ -24,6 +24,7 @@ from varscale.evaluate import main
 from varscale.evaluation.features import extract_features
 from varscale.evaluation.knn import knn_accuracy
 from varscale.export import load_encoder, new_encoder
+from varscale.models.networks import build_varcon_network
 
 TRAIN, VAL = 61, 31  # nothing divides them
 
@@ -63,8 +64,12 @@ def run_and_data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     overrides = [f"output_dir={folder / 'run'}", f"data.dir={folder / 'data'}", "data.image_size=8"]
     config = load_config("digits-varcon", overrides)
     write_manifest(config, {}, info.digest, world_size=1, device="cpu")
-    tensors = {f"encoder.{key}": tensor for key, tensor in new_encoder(config).state_dict().items()}
-    write_checkpoint(folder / "run", 1, {"model": tensors}, {}, keep=1)
+    network = build_varcon_network(new_encoder(config))
+    write_checkpoint(folder / "run", 1, {"model": network.state_dict()}, {}, keep=1)
+    (folder / "corrupted").mkdir()
+    noisy = np.concatenate([arrays["x_test"] // (severity + 1) for severity in range(1, 6)])
+    np.save(folder / "corrupted" / "contrast.npy", noisy)
+    np.save(folder / "corrupted" / "labels.npy", np.tile(arrays["y_test"], 5))
     return folder / "run", folder / "data"
 
 
@@ -103,6 +108,37 @@ def test_two_processes_print_once_and_measure_what_one_does(run_and_data, torchr
     # An accuracy at chance or at 100 would agree whatever went wrong.
     assert 40 < alone["knn"]["metrics"]["top1_k5"] < 100
     assert 40 < alone["linear"]["metrics"]["top1"] < 100
+
+
+def test_all_other_evaluators_measure_on_two_processes_what_they_do_on_one(run_and_data, torchrun):
+    run, data = run_and_data
+    names = ["few_shot", "clustering", "transfer", "corruption", "calibration", "alignment_uniformity", "dispersion"]
+    arguments = ["--checkpoint", run, *names, "embedding_plot", "--batch-size", 8, "--workers", 1, "--no-cache"]
+    arguments += ["few_shot.seeds=2", "few_shot.percent=[20]", f"transfer.data={data}", "transfer.epochs=2"]
+    arguments += [f"corruption.dir={data.with_name('corrupted')}", "embedding_plot.methods=[pca]"]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert main([str(argument) for argument in arguments]) == 0
+    alone = metrics(run)
+    execute(*torchrun, "-m", "varscale.evaluate", *arguments)
+    together = metrics(run)
+    for name in (*names, "embedding_plot"):
+        assert together[name]["world_size"] == 2
+        assert together[name]["metrics"] == pytest.approx(alone[name]["metrics"], rel=1e-4, abs=1e-6, nan_ok=True), name
+    assert 40 < alone["corruption"]["metrics"]["clean_knn"] < 100
+
+
+def test_two_processes_take_what_one_has_kept(run_and_data, torchrun):
+    run, _ = run_and_data
+    arguments = ["--checkpoint", run, "dispersion", "alignment_uniformity", "--batch-size", 8]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert main([str(argument) for argument in arguments]) == 0
+    alone, kept = metrics(run), sorted((run / "evaluation" / "features").iterdir())
+    made = [path.stat().st_mtime_ns for path in kept]
+    execute(*torchrun, "-m", "varscale.evaluate", *arguments)
+    assert [path.stat().st_mtime_ns for path in kept] == made
+    assert len(kept) == 4
+    for name in ("dispersion", "alignment_uniformity"):
+        assert metrics(run)[name]["metrics"] == alone[name]["metrics"]
 
 
 def test_features_in_a_process_group_of_the_program_are_those_of_one_process(run_and_data, torchrun, tmp_path):

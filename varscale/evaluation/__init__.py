@@ -2,8 +2,9 @@
 
 An evaluator is a module with a frozen class `Settings` (a `varscale.config.Section`), whose keys and defaults are those
 of the command line, and a function `run(context, settings) -> Result`, which every rank calls. Where it has a picture,
-a function `draw(details) -> matplotlib Figure` makes it of the result's details. Another evaluator is one more file and
-one more line. Scikit-learn and matplotlib are imported inside functions: --help does without.
+a function `draw(details) -> matplotlib Figure` makes it of the result's details; where settings may be wrong in ways
+that only the disk can tell, `check(settings)` raises UserError before anything is measured. Another evaluator is one
+more file and one more line. Scikit-learn and matplotlib are imported inside functions: --help does without.
 """
 
 from types import ModuleType
@@ -11,12 +12,32 @@ from types import ModuleType
 from pydantic import create_model
 
 from varscale.config import Section
-from varscale.evaluation import knn, linear, linear_cached
+from varscale.evaluation import (
+    alignment_uniformity,
+    calibration,
+    clustering,
+    corruption,
+    dispersion,
+    embedding_plot,
+    few_shot,
+    knn,
+    linear,
+    linear_cached,
+    transfer,
+)
 
 EVALUATORS: dict[str, ModuleType] = {
     "knn": knn,
     "linear": linear,
     "linear_cached": linear_cached,
+    "few_shot": few_shot,
+    "clustering": clustering,
+    "transfer": transfer,
+    "corruption": corruption,
+    "calibration": calibration,
+    "alignment_uniformity": alignment_uniformity,
+    "dispersion": dispersion,
+    "embedding_plot": embedding_plot,
 }
 
 Settings = create_model(
