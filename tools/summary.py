@@ -1,13 +1,12 @@
 """Print one table of what was measured on several runs, draw the curves of each, and say where everything lies."""
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from varscale.engine.rundir import find_checkpoint, read_metrics, run_config
+from varscale.engine.rundir import find_checkpoint, read_metrics, read_results, run_config
 from varscale.errors import UserError
 
 COLUMNS = {
@@ -58,15 +57,6 @@ def table(runs: list[Path]) -> str:
         values = [found.get(evaluator, {}).get(metric) for evaluator, metric in COLUMNS.values()]
         lines.append(f"{label:{width}}" + "".join(f"{'-' if v is None else format(v, '.2f'):>14}" for v in values))
     return "\n".join(["top-1 accuracy in percent on held-out images", "", *lines])
-
-
-def read_results(run: Path) -> list[dict]:
-    """What evaluate.py wrote about the newest checkpoint of a run."""
-    _, checkpoint = find_checkpoint(run)
-    path = run / "evaluation" / f"{checkpoint.name}.json"
-    if not path.is_file():
-        raise UserError(f"{path}: not measured yet; python -m varscale.evaluate --checkpoint {run} --data ... knn")
-    return json.loads(path.read_text())["results"]
 
 
 def draw_curves(run: Path) -> Path:

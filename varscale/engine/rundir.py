@@ -51,14 +51,19 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
     if (path / "state.json").is_file():
         checkpoint = path.resolve()  # it may be named by a link
         return checkpoint.parents[1], checkpoint
-    if not path.is_dir():
-        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        nearest = difflib.get_close_matches(path.name, siblings, 1)
-        raise UserError(f"{path}: there is no such run" + (f"; nearest: {path.parent / nearest[0]}" if nearest else ""))
+    check_exists(path)
     checkpoint = latest_checkpoint(path)
     if checkpoint is None:
         raise UserError(f"{path}: holds no checkpoint (expected {checkpoint_folder(path) / LATEST})")
     return path, checkpoint
+
+
+def check_exists(run: Path) -> None:
+    """Raises UserError, naming the nearest one, where there is no such folder."""
+    if not run.is_dir():
+        siblings = [p.name for p in run.parent.iterdir()] if run.parent.is_dir() else []
+        nearest = difflib.get_close_matches(run.name, siblings, 1)
+        raise UserError(f"{run}: there is no such run" + (f"; nearest: {run.parent / nearest[0]}" if nearest else ""))
 
 
 def read_manifest(run: Path) -> dict:
@@ -79,5 +84,52 @@ def run_config(run: Path) -> Config:
 
 def read_metrics(path: Path) -> list[dict]:
     """The lines of a metrics.jsonl, none if it does not exist; one that a killed run left unfinished is passed over."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    return [json.loads(line) for _, line in _whole_lines(path)]
+
+
+def read_sound_metrics(path: Path) -> tuple[list[dict], list[int]]:
+    """As `read_metrics`, but lines that are not JSON are passed over too: the others, and the numbers of these."""
+    sound, damaged = [], []
+    for number, text in _whole_lines(path):
+        try:
+            line = json.loads(text)
+        except ValueError:
+            line = None
+        if isinstance(line, dict) and {"kind", "step", "time"} <= line.keys():
+            sound.append(line)
+        else:
+            damaged.append(number)
+    return sound, damaged
+
+
+def _whole_lines(path: Path) -> list[tuple[int, bytes]]:
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    return [(number, line) for number, line in enumerate(lines, start=1) if line.endswith(b"\n")]
+
+
+def evaluation_files(run: Path) -> list[Path]:
+    """What evaluate.py wrote about the checkpoints of a run, the oldest checkpoint's first."""
+    return sorted((run / "evaluation").glob(f"{STEP}*.json"))
+
+
+def read_evaluation(path: Path) -> dict:
+    """One of them: {"checkpoint", "step", "results": [record, ...]}; for a record see `varscale.evaluation.results`.
+
+    Raises UserError when it is damaged.
+    """
+    try:
+        content = json.loads(path.read_text())
+        if all(isinstance(record["metrics"], dict) for record in content["results"]):
+            return content
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise UserError(f"{path}: not a file of results; move it away and measure again")
+
+
+def read_results(run: Path) -> list[dict]:
+    """What evaluate.py measured on the newest checkpoint of a run. Raises UserError where it was not measured yet."""
+    run, checkpoint = find_checkpoint(run)
+    path = run / "evaluation" / f"{checkpoint.name}.json"
+    if not path.is_file():
+        raise UserError(f"{path}: not measured yet; python -m varscale.evaluate --checkpoint {run} --data ... knn")
+    return read_evaluation(path)["results"]
