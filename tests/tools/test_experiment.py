@@ -1,0 +1,111 @@
+"""The papers' experiments: every list gives runs that can start, and one is run, measured, tabulated and drawn."""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+import pytest
+import yaml
+
+
+@pytest.fixture(scope="module")
+def experiment(tool):
+    return tool("experiment")
+
+
+@pytest.fixture(scope="module")
+def lists(experiment):
+    return yaml.safe_load(experiment.LISTS.read_text())
+
+
+def options(**changes):
+    given = {"name": "x", "scale": "smoke", "data": None, "seeds": 1, "out": Path("runs"), "set": []}
+    return argparse.Namespace(**given | changes)
+
+
+@pytest.mark.parametrize("scale", ["smoke", "cifar", "imagenet"])
+def test_every_run_of_every_experiment_has_a_valid_configuration_of_its_own(experiment, lists, scale):
+    for name, content in lists["experiments"].items():
+        if (name, scale) == ("batch-size", "imagenet"):
+            continue  # it has none there
+        trials = experiment.plan(content, lists["scales"][scale], options(name=name, scale=scale, seeds=2))
+        assert len(trials) >= 4, name
+        whole = [json.dumps(trial.config.model_dump(mode="json", exclude={"output_dir"})) for trial in trials]
+        assert len(set(whole)) == len(trials), f"{name}: two runs are the same"
+        assert len({trial.config.output_dir for trial in trials}) == len(trials)
+
+
+def test_what_an_experiment_says_goes_over_its_scale_and_what_a_person_says_over_both(experiment, lists):
+    scale = lists["scales"]["smoke"]
+    trials = experiment.plan(lists["experiments"]["epochs"], scale, options(set=["optimizer.lr=7"], data=Path("d")))
+    assert [trial.config.schedule.epochs for trial in trials] == [1, 2, 4, 8]
+    assert {(t.config.optimizer.lr, str(t.config.data.dir), t.config.encoder.stem) for t in trials} == {
+        (7.0, "d", "imagenet")
+    }
+
+
+def test_interval_is_students(experiment):
+    values = [1.0, 2.0, 4.0]
+    mean, half = experiment.interval(values)
+    assert mean == pytest.approx(7 / 3)
+    assert half == pytest.approx(4.302653 * statistics.stdev(values) / 3**0.5, rel=1e-6)  # t of 2 degrees, 97.5 %
+    assert experiment.interval([5.0]) == (5.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["temprature"], "unknown experiment 'temprature'"),
+        (["temprature"], "nearest: temperature"),
+        (["batch-size", "--scale", "imagenet"], "no runs at --scale imagenet; choose from smoke, cifar"),
+        (["epsilon", "--set", "optimizer.lrr=1"], "unknown key 'optimizer.lrr'; nearest: optimizer.lr"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(experiment, capsys, arguments, message):
+    assert experiment.main(arguments) == 2
+    told = capsys.readouterr().err
+    assert message in told
+    assert len(told.splitlines()) == 1
+
+
+def test_options_of_submit_go_with_submit(experiment, capsys):
+    with pytest.raises(SystemExit):
+        experiment.main(["epsilon", "--nodes", "2"])
+    assert "options of slurm/submit.py go with --submit" in capsys.readouterr().err
+
+
+def test_without_a_name_they_are_listed(experiment, lists, capsys):
+    assert experiment.main([]) == 0
+    shown = capsys.readouterr().out
+    for name, content in lists["experiments"].items():
+        assert name in shown
+        assert content["question"] in shown
+
+
+def test_an_experiment_is_run_measured_and_shown_and_given_again_only_shown(experiment, digits, tmp_path, capfd):
+    settings = ["data.image_size=16", "data.workers=1", "schedule.epochs=1", "compute.precision=float32"]
+    settings += ["schedule.warmup_epochs=0", "batch.global_batch_size=64", "online_knn.every_epochs=0"]
+    settings += ["objective.latent_dim=16", "objective.projector_hidden=32", "objective.predictor_hidden=32"]
+    arguments = ["vssl-distance", "--data", str(digits), "--out", str(tmp_path), "--set", *settings]
+    assert experiment.main(arguments) == 0
+    folder = tmp_path / "vssl-distance-smoke"
+    assert (folder / "plot.png").read_bytes().startswith(b"\x89PNG")
+    rows = [line for line in (folder / "table.md").read_text().splitlines() if line.startswith("| ")]
+    assert [row.split("|")[1].strip() for row in rows] == ["", "cosine", "euclidean"]
+    for label, row in zip(("cosine", "euclidean"), rows[1:], strict=True):
+        run = folder / f"{label}-seed0"
+        assert json.loads((run / "manifest.json").read_text())["config"]["objective"]["distance"] == label
+        found = experiment.results(run)
+        expected = [found["knn"]["top1_k20"], found["linear_cached"]["top1"]]
+        assert row == f"| {label} | " + " | ".join(f"{value:.2f}" for value in expected) + " |"
+
+    def stamps():
+        return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.parent.name == "evaluation"}
+
+    before, _ = stamps(), capfd.readouterr()
+    assert experiment.main(arguments) == 0
+    assert stamps() == before
+    shown = capfd.readouterr()
+    assert "step/s" not in shown.err or "10/10" not in shown.err  # nothing was trained
+    assert (folder / "table.md").read_text() in shown.out

@@ -1,0 +1,242 @@
+#!/usr/bin/env python
+"""Run one of the papers' experiments: a list of runs, trained and measured one after another, then a table and a plot.
+
+    python tools/experiment.py                                    # which there are
+    python tools/experiment.py temperature --scale smoke          # minutes on two cores
+    python tools/experiment.py compare --scale cifar --seeds 3
+    python tools/experiment.py epsilon --scale imagenet --submit --nodes 2 --gpus-per-node 8
+
+The experiments are lists in tools/experiments.yaml. Given again, the command goes on where it was interrupted: finished
+runs are not trained again, and what was measured is not measured again. With --submit the runs become one Slurm job
+array (what else is given goes to slurm/submit.py); the same command without it measures them once they are done.
+"""
+
+import argparse
+import difflib
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import yaml
+
+from varscale.config import Config, load_config, to_yaml
+from varscale.engine.rundir import read_results
+from varscale.errors import UserError
+from varscale.files import replace_text
+
+ROOT = Path(__file__).resolve().parents[1]
+LISTS = Path(__file__).with_name("experiments.yaml")
+COLUMNS = {"kNN, k = 20": ("knn", "top1_k20"), "linear": ("linear_cached", "top1")}
+
+Values = dict[str, list[float]]  # column -> one value a seed
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of an experiment: `label` is what it varies, the same for all its seeds."""
+
+    label: str
+    config: Config
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options, passed_on = parse_arguments(arguments)
+    try:
+        lists = yaml.safe_load(LISTS.read_text())
+        if options.name is None:
+            print(catalogue(lists["experiments"]))
+            return 0
+        experiment = chosen(lists["experiments"], options.name)
+        trials = plan(experiment, lists["scales"][options.scale], options)
+        folder = options.out / f"{options.name}-{options.scale}"
+        if options.submit:
+            return submit(trials, folder, passed_on)
+        for number, trial in enumerate(trials, start=1):
+            print(f"\n== {number} of {len(trials)}: {trial.config.output_dir} ==", flush=True)
+            train(trial.config, folder)
+            measure(trial.config.output_dir)
+        show(experiment["question"], trials, folder)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def parse_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", nargs="?", help="of the experiment; none: list them")
+    parser.add_argument("--scale", choices=("smoke", "cifar", "imagenet"), default="smoke")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="a converted data set (default: the scale's)")
+    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="repeat every run with seeds 0 to N - 1")
+    parser.add_argument("--out", type=Path, default=Path("runs/experiments"), metavar="DIR")
+    parser.add_argument("--set", nargs="+", default=[], metavar="key=value", help="overrides of every run")
+    parser.add_argument("--submit", action="store_true", help="to Slurm, as a job array; more options go to submit.py")
+    options, passed_on = parser.parse_known_args(arguments)
+    if passed_on and not options.submit:
+        parser.error(f"unknown: {' '.join(passed_on)} (options of slurm/submit.py go with --submit)")
+    if options.seeds < 1:
+        parser.error(f"--seeds is {options.seeds}, but must be at least 1")
+    return options, passed_on
+
+
+def catalogue(experiments: dict[str, dict]) -> str:
+    """The experiments that there are, a line each."""
+    width = max(map(len, experiments))
+    return "\n".join(f"{name:{width}}  {experiment['question']}" for name, experiment in experiments.items())
+
+
+def chosen(experiments: dict[str, dict], name: str) -> dict:
+    """The experiment of this name. Raises UserError where there is none."""
+    if name not in experiments:
+        nearest = difflib.get_close_matches(name, experiments, 1, 0)[0]
+        raise UserError(f"unknown experiment {name!r}; choose from {', '.join(experiments)}; nearest: {nearest}")
+    return experiments[name]
+
+
+def plan(experiment: dict, scale: dict, options: argparse.Namespace) -> list[Trial]:
+    """All runs of an experiment, each with its whole configuration checked. Raises UserError for a bad one."""
+    trials = []
+    for label, overrides in variants(experiment, options.scale).items():
+        objective = next((text.partition("=")[2] for text in overrides if text.startswith("objective=")), None)
+        recipe = scale["recipe"].format(objective=objective or experiment["objective"])
+        own = [text for text in overrides if not text.startswith("objective=")]
+        for seed in range(options.seeds):
+            run = options.out / f"{options.name}-{options.scale}" / f"{_as_file_name(label)}-seed{seed}"
+            last = [f"seed={seed}", f"data.dir={options.data or scale['data']}", f"output_dir={run}"]
+            trials.append(Trial(label, load_config(recipe, [*scale["overrides"], *own, *options.set, *last])))
+    return trials
+
+
+def variants(experiment: dict, scale: str) -> dict[str, list[str]]:
+    """Overrides by label, at this scale. Raises UserError where the experiment has none for it."""
+    if "vary" in experiment:
+        ((key, values),) = experiment["vary"].items()
+        values = _at_scale(values, scale)
+        return {str(value).lower() if isinstance(value, bool) else str(value): [f"{key}={value}"] for value in values}
+    return _at_scale(experiment["runs"], scale)
+
+
+def _at_scale(values: list | dict, scale: str) -> list | dict:
+    """Values that differ from scale to scale are given by its name."""
+    by_scale = isinstance(values, dict) and values.keys() <= {"smoke", "cifar", "imagenet"}
+    if by_scale and scale not in values:
+        raise UserError(f"this experiment has no runs at --scale {scale}; choose from {', '.join(values)}")
+    return values[scale] if by_scale else values
+
+
+def _as_file_name(label: str) -> str:
+    return "".join(letter if letter.isalnum() or letter in ".-_" else "_" for letter in label)
+
+
+def train(config: Config, folder: Path) -> None:
+    """Train a run to its end, from where it stands. Raises UserError where it fails."""
+    path = write_config(config, folder)
+    _run("varscale/train.py", "--config", str(path), "--resume", "auto")
+
+
+def write_config(config: Config, folder: Path) -> Path:
+    """The resolved configuration of a run as a file."""
+    path = folder / "configs" / f"{config.output_dir.name}.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_text(path, to_yaml(config))
+    return path
+
+
+def measure(run: Path) -> None:
+    """kNN and linear accuracy of the newest checkpoint, unless they are known. Raises UserError where that fails."""
+    if missing := [name for name, _ in COLUMNS.values() if name not in results(run)]:
+        _run("-m", "varscale.evaluate", "--checkpoint", str(run), *missing)
+
+
+def results(run: Path) -> dict[str, dict[str, float]]:
+    """What was measured of the newest checkpoint's encoder, by evaluator."""
+    try:
+        return {r["evaluator"]: r["metrics"] for r in read_results(run) if r["model"] == "trained"}
+    except UserError:  # not measured yet
+        return {}
+
+
+def _run(*arguments: str) -> None:
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT)
+    if done.returncode:
+        raise UserError(f"{' '.join(arguments)} ended with exit code {done.returncode}; the same command goes on")
+
+
+def submit(trials: list[Trial], folder: Path, options: list[str]) -> int:
+    """Put all runs into the queue as one job array; returns submit.py's exit code."""
+    configs = [f"--config={write_config(trial.config, folder)}" for trial in trials]
+    return subprocess.run([sys.executable, "slurm/submit.py", *configs, *options], cwd=ROOT).returncode
+
+
+def show(question: str, trials: list[Trial], folder: Path) -> None:
+    """Print the table, and write it and its picture into the experiment's folder."""
+    found: dict[str, Values] = {}
+    for trial in trials:
+        measured = results(trial.config.output_dir)
+        for column, (evaluator, metric) in COLUMNS.items():
+            found.setdefault(trial.label, {}).setdefault(column, []).append(measured[evaluator][metric])
+    text = table(question, found, trials[0].config)
+    replace_text(folder / "table.md", text)
+    draw(question, found, folder / "plot.png")
+    print(f"\n{text}\nwritten to {folder / 'table.md'} and {folder / 'plot.png'}")
+
+
+def table(question: str, found: dict[str, Values], config: Config) -> str:
+    """Markdown: a row a variant, top-1 in percent, with several seeds mean and 95 % interval of the mean."""
+    seeds = len(next(iter(next(iter(found.values())).values())))
+    of_seeds = f"mean of {seeds} seeds and 95 % interval of the mean" if seeds > 1 else f"seed {config.seed}"
+    lines = [
+        f"{question}\n\nTop-1 in percent on held-out images of {config.data.dir.name}; {config.encoder.name}, "
+        f"{config.schedule.epochs} epochs unless the row says otherwise; {of_seeds}.\n",
+        "| | " + " | ".join(COLUMNS) + " |",
+        "|---" * (1 + len(COLUMNS)) + "|",
+    ]
+    for label, values in found.items():
+        cells = [cell(column) for column in values.values()]
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def cell(values: list[float]) -> str:
+    """The mean, with its interval where there are several seeds."""
+    mean, half = interval(values)
+    return f"{mean:.2f} ± {half:.2f}" if len(values) > 1 else f"{mean:.2f}"
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Mean and half the width of its 95 % interval (Student's t); half a width of 0 for one value."""
+    from scipy.stats import t
+
+    if len(values) == 1:
+        return values[0], 0.0
+    half = t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
+    return statistics.mean(values), float(half)
+
+
+def draw(question: str, found: dict[str, Values], path: Path) -> None:
+    """A point a variant and column, with its interval."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(max(5.0, 1.1 * len(found) + 2), 3.6), layout="constrained")
+    for number, column in enumerate(COLUMNS):
+        means, halves = zip(*(interval(values[column]) for values in found.values()), strict=True)
+        places = [place + 0.12 * (number - 0.5) for place in range(len(found))]
+        axis.errorbar(places, means, yerr=halves, fmt="o", capsize=3, label=column)
+    axis.set_xticks(range(len(found)), found, rotation=20, ha="right")
+    axis.set(title=question, ylabel="top-1 (%)")
+    axis.title.set_fontsize("medium")
+    axis.grid(axis="y", alpha=0.3)
+    axis.legend()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
