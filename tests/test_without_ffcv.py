@@ -1,4 +1,4 @@
-"""Conversion, verification, training and evaluation where FFCV is not installed."""
+"""Conversion, verification, training, evaluation and use of the encoder where FFCV is not installed."""
 
 import os
 import subprocess
@@ -56,3 +56,7 @@ def test_everything_works_with_torchs_decoder(run, small_run, tmp_path):
     done = run("-m", "varscale.evaluate", "--checkpoint", trained, "--data", data, "knn")
     assert done.returncode == 0, done.stderr
     assert "written to" in done.stdout
+    nearest = ["--data", data, "--query", "0", "--k", 3, "--out", tmp_path / "nearest.png"]
+    done = run("tools/nearest_images.py", "--checkpoint", trained, *nearest)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("validation 0 (")

@@ -3,6 +3,7 @@
 import os
 
 __version__ = "0.1.0"
+__all__ = ["load_encoder"]
 
 # How often OpenMP's threads look for work before they sleep, unless the user decided otherwise. At their default of
 # 300,000 times they take the cores from those who have work, such as the loader's threads, a second rank or another
@@ -10,3 +11,12 @@ __version__ = "0.1.0"
 # torch's OpenMP is GNU's, which reads this when torch is imported.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "30000")
+
+
+def __getattr__(name: str) -> object:
+    """`varscale.load_encoder`, which is imported, and torch with it, when it is first asked for (PEP 562)."""
+    if name != "load_encoder":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from varscale.encoder.loading import load_encoder
+
+    return load_encoder

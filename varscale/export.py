@@ -1,123 +1,88 @@
-"""The trained encoder out of a run: loaded for use in Python, or written as a file that torchvision's model loads.
+"""The trained encoder out of a run, written as a file for other programs, with its model card beside it.
 
     python -m varscale.export --checkpoint runs/cifar10-varcon --out encoder.safetensors
+    python -m varscale.export --checkpoint runs/cifar10-varcon --out encoder.onnx
 
-The file holds the encoder alone, under the names of torchvision's model without its classifier, and its header says how
-images must be prepared.
+A .safetensors file holds the encoder alone, under the names of torchvision's or timm's model without its classifier;
+its header says how images must be prepared. An .onnx file holds the same, and is compared with torch before it is kept.
 """
 
 import argparse
-import difflib
-import json
 import os
 import sys
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
-from varscale.config import Config
-from varscale.data.dataset import INFO_FILE, DatasetInfo, read_dataset_info
-from varscale.engine.checkpoints import read_part, read_state
+from varscale import __version__
+from varscale.encoder.card import model_card
+from varscale.encoder.description import Description
+from varscale.encoder.names import NAMES, loading_code
+from varscale.encoder.onnx import OPSET, TOLERANCE, check_installed, onnx_code, onnx_difference, write_onnx
+from varscale.encoder.runs import new_encoder, trained_encoder, training_data
 from varscale.engine.launch import report_user_error
-from varscale.engine.rundir import find_checkpoint, read_manifest, run_config
+from varscale.engine.rundir import find_checkpoint
 from varscale.errors import UserError
-from varscale.models.encoders import build_encoder
 
-PREFIX = "encoder."
+__all__ = ["export_encoder", "load_encoder", "main", "new_encoder", "training_data"]
 
+load_encoder = trained_encoder  # the name by which varscale.evaluate imports it
 
-def load_encoder(run: Path, device: torch.device | str = "cpu") -> tuple[nn.Module, Config, int]:
-    """The encoder of a run's newest checkpoint (or of one checkpoint folder), in evaluation mode, without gradients.
-
-    Returns:
-        The encoder, (N, 3, H, W) normalised images -> (N, feature_dim); the run's configuration; the optimizer step.
-
-    Raises:
-        UserError: there is no such run or checkpoint, or its parameters are not those of the encoder configured.
-    """
-    run, checkpoint = find_checkpoint(Path(run))
-    config = run_config(run)
-    encoder = new_encoder(config)
-    network = read_part(checkpoint, "model")
-    tensors = {key.removeprefix(PREFIX): tensor for key, tensor in network.items() if key.startswith(PREFIX)}
-    _check_same_network(encoder.state_dict(), tensors, checkpoint / "model.safetensors", config.encoder.name)
-    encoder.load_state_dict(tensors)
-    return encoder.eval().requires_grad_(False).to(device), config, read_state(checkpoint)["step"]
+SUFFIXES = (".safetensors", ".onnx")
 
 
-def new_encoder(config: Config) -> nn.Module:
-    """The encoder of a configuration with the parameters its seed gives it, as training starts from.
+def export_encoder(
+    run: Path,
+    out: Path,
+    *,
+    names: str | None = None,
+    data: Path | None = None,
+    overwrite: bool = False,
+) -> dict[str, str]:
+    """Write the encoder of a run to `out`, its card to `out`.md, and return the header's metadata.
 
-    As a baseline it is used in evaluation mode like any other, its batch norm with the statistics of initialisation
-    (mean 0, variance 1). Measuring them on training images first would make a weaker baseline: kNN 92-94 % instead of
-    96-97 on digits, 28 instead of 31 on CIFAR-10 (ResNet-18). Batch norm is not synchronised: a frozen encoder has
-    nothing to synchronise.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        return build_encoder(
-            config.encoder.name,
-            stem=config.encoder.stem or "imagenet",
-            image_size=config.data.image_size,
-            patch_size=config.encoder.patch_size,
-            sync_batch_norm=False,
-        )
+    Each file appears whole or not at all, the card first: there is no encoder without one.
 
-
-def training_data(run: Path, config: Config, *directories: Path) -> DatasetInfo:
-    """The description of the data set that a run was trained on, from the first of `directories` and the configured
-    one that still holds it. Raises UserError where none does."""
-    digest = read_manifest(run)["data_digest"]
-    places = [*directories, config.data.dir]
-    for directory in places:
-        if (directory / INFO_FILE).is_file() and (info := read_dataset_info(directory)).digest == digest:
-            return info
-    raise UserError(
-        f"{run}: the data set it was trained on (digest {digest[:12]}...), whose mean and deviation the encoder needs, "
-        f"is not at {' or '.join(str(place) for place in dict.fromkeys(places))}; name its place by --data"
-    )
-
-
-def export_encoder(run: Path, out: Path, *, data: Path | None = None, overwrite: bool = False) -> dict[str, str]:
-    """Write the encoder of a run to `out` and return the header's metadata. The file appears whole or not at all.
-
-    `data`: where the run's data set lies, if no longer where its configuration says; only its description is read.
+    Args:
+        run: a run, or one checkpoint in it.
+        out: the suffix decides on the format, .safetensors or .onnx.
+        names: the parameters' in a .safetensors file, "torchvision" (as where it is None) or "timm".
+        data: where the run's data set lies, if no longer where its configuration says; only its description is read.
+        overwrite: replace what is there.
 
     Raises:
-        UserError: as load_encoder; or `out` exists and may not be overwritten, or cannot be written.
+        UserError: as trained_encoder; `out` is of no known kind, exists and may not be overwritten, or cannot be
+            written; a package is missing; onnxruntime computes other features than torch.
     """
-    if out.exists() and (out.is_dir() or not overwrite):
-        hint = "choose another name" if out.is_dir() else "add --overwrite or choose another name"
-        raise UserError(f"--out {out}: exists already; {hint}")
-    if not out.parent.is_dir():
-        raise UserError(f"--out {out}: the folder {out.parent} does not exist")
-    encoder, config, step = load_encoder(run)
-    info = training_data(find_checkpoint(run)[0], config, *([data] if data else []))
-    metadata = {
-        "format": "pt",
-        "name": config.encoder.name,
-        "stem": config.encoder.stem or "",
-        "image_size": str(config.data.image_size),
-        "patch_size": str(config.encoder.patch_size or ""),
-        "mean": json.dumps(info.mean),
-        "std": json.dumps(info.std),
-        "feature_dim": str(encoder.feature_dim),
-        "objective": config.objective.name,
-        "step": str(step),
-        "data_digest": info.digest,
-    }
-    tensors = {key: tensor.contiguous() for key, tensor in encoder.state_dict().items()}
-    aside = out.with_name(f".{out.name}.{os.getpid()}")
+    card = out.with_name(f"{out.name}.md")
+    _check_place(out, card, names, overwrite)
+    run, checkpoint = find_checkpoint(run)
+    encoder, config, step = trained_encoder(checkpoint)
+    info = training_data(run, config, *([data] if data else []))
+    description = Description.of_run(config, info, encoder.feature_dim, step)
+    metadata = description.header() | {"varscale": __version__}
+    aside = {path: path.with_name(f".{path.name}.{os.getpid()}") for path in (card, out)}
     try:
-        save_file(tensors, aside, metadata)
-        aside.replace(out)
+        if out.suffix == ".onnx":
+            code = onnx_code(out.name)
+            metadata |= _write_checked_onnx(encoder, description, aside[out], metadata)
+        else:
+            names = names or "torchvision"
+            code = loading_code(description, names, out.name)
+            metadata |= {"format": "pt", "names": names, "load": code}
+            tensors = {NAMES[names](key): tensor.contiguous() for key, tensor in encoder.state_dict().items()}
+            save_file(tensors, aside[out], metadata)
+        text = model_card(run, checkpoint, description, info, file=out.name, code=code)
+        aside[card].write_text(text, encoding="utf-8")
+        for path, written in aside.items():
+            written.replace(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"--out {out}: cannot be written ({error})") from None
     finally:
-        aside.unlink(missing_ok=True)
+        for path in aside.values():
+            path.unlink(missing_ok=True)
     return metadata
 
 
@@ -125,40 +90,54 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m varscale.export", description=__doc__.split("\n\n")[0])
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="RUN", help="a run, or one checkpoint in it")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the .safetensors file to write")
-    parser.add_argument("--overwrite", action="store_true", help="replace FILE if it exists")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FILE", help="the .safetensors or .onnx file to write; FILE.md too"
+    )
+    parser.add_argument("--names", choices=[*NAMES], help="of a .safetensors file's parameters (default: torchvision)")
+    parser.add_argument("--overwrite", action="store_true", help="replace FILE and FILE.md if they exist")
     parser.add_argument("--data", type=Path, metavar="DIR", help="the run's data set, if it was moved")
     options = parser.parse_args(arguments)
     try:
-        metadata = export_encoder(options.checkpoint, options.out, data=options.data, overwrite=options.overwrite)
+        metadata = export_encoder(
+            options.checkpoint, options.out, names=options.names, data=options.data, overwrite=options.overwrite
+        )
     except UserError as error:
         return report_user_error(error)
-    size = options.out.stat().st_size / 2**20
-    print(f"{options.out}  {size:.1f} MiB")
+    print(f"{options.out}  {options.out.stat().st_size / 2**20:.1f} MiB, model card {options.out}.md")
     for key, value in metadata.items():
-        print(f"  {key:<12} {value}")
+        if key != "load":
+            print(f"  {key:<14} {value}")
     return 0
 
 
-def _check_same_network(expected: dict[str, Tensor], found: dict[str, Tensor], path: Path, name: str) -> None:
-    """Raises UserError naming what is missing, foreign or of another shape."""
-    faults = []
-    if missing := sorted(expected.keys() - found.keys()):
-        faults.append(f"{_some(missing)} missing")
-    if foreign := sorted(found.keys() - expected.keys()):
-        near = difflib.get_close_matches(foreign[0], missing, 1)
-        faults.append(f"{_some(foreign)} unknown" + (f" (nearest: {near[0]})" if near else ""))
-    for key in sorted(expected.keys() & found.keys()):
-        if expected[key].shape != found[key].shape:
-            shapes = f"{tuple(found[key].shape)} instead of {tuple(expected[key].shape)}"
-            faults.append(f"{key} has shape {shapes}")
-            break
-    if faults:
-        raise UserError(f"{path}: does not hold the {name} of the run's configuration: {'; '.join(faults)}")
+def _check_place(out: Path, card: Path, names: str | None, overwrite: bool) -> None:
+    """Refuse what cannot be written, before anything is loaded. Raises UserError."""
+    for path in (out, card):
+        if path.exists() and (path.is_dir() or not overwrite):
+            hint = "choose another name" if path.is_dir() else "add --overwrite or choose another name"
+            raise UserError(f"--out {out}: {path} exists already; {hint}")
+    if out.suffix not in SUFFIXES:
+        raise UserError(f"--out {out}: its suffix is {out.suffix!r}, but must be {' or '.join(SUFFIXES)}")
+    if not out.parent.is_dir():
+        raise UserError(f"--out {out}: the folder {out.parent} does not exist")
+    if out.suffix == ".onnx":
+        if names:
+            raise UserError(f"--names {names}: belongs to a .safetensors file; an .onnx file is its own model")
+        check_installed()
 
 
-def _some(keys: list[str]) -> str:
-    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+def _write_checked_onnx(
+    encoder: nn.Module, description: Description, path: Path, metadata: dict[str, str]
+) -> dict[str, str]:
+    """Write it, compare it with torch, and return what is to be told of that. Raises UserError where they differ."""
+    write_onnx(encoder, description.image_size, path, metadata)
+    difference, largest = onnx_difference(encoder, description.image_size, path)
+    if not difference <= TOLERANCE * largest:
+        raise UserError(
+            f"onnxruntime's features differ from torch's by up to {difference:.2g} (largest feature {largest:.2g}): "
+            "nothing was written; try other versions of onnxscript and onnxruntime"
+        )
+    return {"opset": str(OPSET), "difference": f"{difference:.1e} from torch at most, largest feature {largest:.2g}"}
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def contact_sheet(contents: Contents, data: DataConfig, *, rows: int, views: int
                 (name, PALE, SMALL),
             ]
         ):
-            draw.text((MARGIN, y + 2 + 20 * line), _shortened(text, font, LABELS - 2 * GAP), ink, font)
+            draw.text((MARGIN, y + 2 + 20 * line), shortened(text, font, LABELS - 2 * GAP), ink, font)
         sheet.paste(stored[row], (lefts[0], y))
         for left, view in zip(lefts[1:], seen[row], strict=True):
             sheet.paste(Image.fromarray(view).resize((cell, cell), Image.Resampling.NEAREST), (left, y))
@@ -126,7 +126,8 @@ def _fitted(image: Image.Image, cell: int) -> Image.Image:
     return image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), filter_)
 
 
-def _shortened(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+def shortened(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    """The text, or as much of its beginning as is at most `width` pixels wide, and dots."""
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(f"{text}...") > width:

@@ -140,12 +140,17 @@ def _random_crop(height, width, view, key):
     return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
 
 
-@compiled
-def _evaluation_crop(height, width, size):
-    """Resize the shorter side, cut the centre: torchvision's Resize and CenterCrop without the pixels in between."""
+def evaluation_crop(height: int, width: int, size: int) -> tuple[tuple, tuple]:
+    """Resize the shorter side, cut the centre: torchvision's Resize and CenterCrop without the pixels in between.
+
+    Returns (rows, columns) as `resample` takes them.
+    """
     shorter = min(height, width)
     resized = round(size * 256 / 224) if shorter > size else size
     resized_height, resized_width = resized * height // shorter, resized * width // shorter
     rows = (0, height, resized_height, round((resized_height - size) / 2))
     columns = (0, width, resized_width, round((resized_width - size) / 2))
     return rows, columns
+
+
+_evaluation_crop = compiled(evaluation_crop)

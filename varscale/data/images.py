@@ -126,7 +126,7 @@ def _encode_file(place: str | FilePart, options: ImageOptions) -> tuple[StoredIm
             if decoded is not None:
                 return StoredImage("kept", image.height, image.width, data), decoded
             mended = True
-        image = _shrunk(_upright_rgb(image), options.max_resolution)
+        image = _shrunk(upright_rgb(image), options.max_resolution)
     except UnidentifiedImageError:
         raise UndecodableImage("not a JPEG or PNG image") from None
     except Exception as error:  # a decoder given damaged bytes may raise anything
@@ -162,7 +162,7 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _upright_rgb(image: Image.Image) -> Image.Image:
+def upright_rgb(image: Image.Image) -> Image.Image:
     """The image as a person sees it: turned as its EXIF says, transparent parts on white, 8 bits a channel."""
     orientation = _orientation(image)
     if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip rather than scale

@@ -42,8 +42,19 @@ def decode_views(
             start = view["before"] * count + view["stride"] * (first + position) + view["within"]
             size = int(view["size"])
             destination = images[start : start + size * size * 3].reshape(size, size, 3)
-            destination[:] = _cut(image, rows, columns, flip, view).permute(1, 2, 0).numpy()
+            cut = cut_view(image, rows, columns, size, flip=flip, bicubic=bool(view["is_bicubic"]))
+            destination[:] = cut.permute(1, 2, 0).numpy()
     return -1, DECODED
+
+
+def cut_view(
+    image: torch.Tensor, rows: tuple, columns: tuple, size: int, *, flip: bool = False, bicubic: bool = False
+) -> torch.Tensor:
+    """One view, (3, size, size) uint8; rows and columns as `varscale.data.resampling.resample` takes them."""
+    box = image[:, rows[0] : rows[0] + rows[1], columns[0] : columns[0] + columns[1]]
+    resized = F.resize(box, [rows[2], columns[2]], INTERPOLATION[bicubic], antialias=True)
+    cut = resized[:, rows[3] : rows[3] + size, columns[3] : columns[3] + size]
+    return cut.flip(2) if flip else cut
 
 
 def _load(file: int, record: np.void) -> torch.Tensor | int:
@@ -60,12 +71,3 @@ def _load(file: int, record: np.void) -> torch.Tensor | int:
     except RuntimeError:
         return DAMAGED
     return image if image.shape == (3, height, width) else OTHER_SIZE
-
-
-def _cut(image: torch.Tensor, rows: tuple, columns: tuple, flip: bool, view: np.void) -> torch.Tensor:
-    """One view, (3, size, size) uint8; rows and columns as `varscale.data.resampling.resample` takes them."""
-    size = int(view["size"])
-    box = image[:, rows[0] : rows[0] + rows[1], columns[0] : columns[0] + columns[1]]
-    resized = F.resize(box, [rows[2], columns[2]], INTERPOLATION[bool(view["is_bicubic"])], antialias=True)
-    cut = resized[:, rows[3] : rows[3] + size, columns[3] : columns[3] + size]
-    return cut.flip(2) if flip else cut

@@ -25,14 +25,14 @@ class _TransformerShape(NamedTuple):
 
 
 # Ti and S are DeiT's (arXiv 2012.12877), B and L are ViT's (arXiv 2010.11929).
-_VITS = {
+VITS = {
     "vit_ti": _TransformerShape(hidden_dim=192, num_layers=12, num_heads=3, mlp_dim=768),
     "vit_s": _TransformerShape(hidden_dim=384, num_layers=12, num_heads=6, mlp_dim=1536),
     "vit_b": _TransformerShape(hidden_dim=768, num_layers=12, num_heads=12, mlp_dim=3072),
     "vit_l": _TransformerShape(hidden_dim=1024, num_layers=24, num_heads=16, mlp_dim=4096),
 }
 
-ENCODERS = (*_RESNETS, *_VITS)
+ENCODERS = (*_RESNETS, *VITS)
 
 
 def build_encoder(
@@ -59,7 +59,7 @@ def build_encoder(
         if patch_size is not None:
             raise ValueError(f"patch_size is {patch_size}, but {name} has no patches")
         encoder = _build_resnet(name, stem)
-    elif name in _VITS:
+    elif name in VITS:
         if stem != "imagenet":
             raise ValueError(f"stem is {stem!r}, but {name} has no stem; choose its patch_size instead")
         encoder = _build_vit(name, image_size, patch_size)
@@ -87,7 +87,7 @@ def _build_vit(name: str, image_size: int, patch_size: int | None) -> nn.Module:
         raise ValueError(f"patch_size: {name} needs one")
     if image_size % patch_size:
         raise ValueError(f"patch_size is {patch_size}, which does not divide image_size ({image_size})")
-    shape = _VITS[name]
+    shape = VITS[name]
     encoder = torchvision.models.VisionTransformer(image_size=image_size, patch_size=patch_size, **shape._asdict())
     encoder.feature_dim = shape.hidden_dim
     encoder.heads = nn.Identity()

@@ -1,0 +1,1 @@
+"""The trained encoder out of a run: loaded with its preprocessing, or written for other programs."""
