@@ -2,11 +2,13 @@
 
 import os
 import subprocess
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
 
-from varscale.engine.checkpoints import read_part, read_state, write_checkpoint
+from varscale.engine.checkpoints import damage, read_part, read_state, write_checkpoint
 from varscale.engine.rundir import find_checkpoint, latest_checkpoint
 from varscale.errors import UserError
 
@@ -76,6 +78,17 @@ def test_missing_parts_are_named(tmp_path):
     (checkpoint / "SHA256SUMS").unlink()
     with pytest.raises(UserError, match=r"SHA256SUMS: cannot be read"):
         read_state(checkpoint)
+
+
+def test_a_part_that_cannot_be_read_is_damage(unprivileged):
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)  # tmp_path would be closed to others altogether
+        checkpoint = write(Path(folder), 1)
+        (checkpoint / "model.safetensors").chmod(0)
+        with unprivileged():
+            found = damage(checkpoint)
+    assert "Permission denied" in found
+    assert "model.safetensors" in found
 
 
 def test_a_run_without_checkpoint_and_a_misspelt_run_are_named(tmp_path):

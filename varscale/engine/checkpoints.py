@@ -65,11 +65,11 @@ def mark_best(run: Path, step: int) -> None:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint: the file, and how it differs from SHA256SUMS; None where all is well."""
+    """What is wrong with a checkpoint: a file that cannot be read or differs from SHA256SUMS; None where all is well."""
     try:
         for name in _sums(checkpoint).keys() | {path.name for path in checkpoint.glob("*.safetensors")}:
             _check(checkpoint / name)
-    except UserError as error:
+    except (UserError, OSError) as error:  # OSError: no permission, or a disk that fails
         return str(error)
     return None
 
