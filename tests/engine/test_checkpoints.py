@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from varscale.engine.checkpoints import damage, read_part, read_state, write_checkpoint
-from varscale.engine.rundir import find_checkpoint, latest_checkpoint
+from varscale.engine.checkpoints import damage, put_aside, read_part, read_state, write_checkpoint
+from varscale.engine.rundir import find_checkpoint, find_checkpoints, latest_checkpoint
 from varscale.errors import UserError
 
 
@@ -37,6 +37,24 @@ def test_the_newest_are_kept_and_nothing_else_is_left(tmp_path):
     for step in (1, 2, 3, 10):
         write(tmp_path, step)
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["latest", "step-00000003", "step-00000010"]
+
+
+def test_what_a_run_left_when_it_went_on_from_an_older_checkpoint_goes_first_and_is_taken_last(tmp_path):
+    def found():
+        return [int(path.name.removeprefix("step-")) for path in find_checkpoints(tmp_path)]
+
+    for step in (20, 5):
+        write(tmp_path, step)
+    assert found() == [5, 20]
+    write(tmp_path, 6)
+    assert found() == [6, 5]
+    write(tmp_path, 7)
+    put_aside(find_checkpoints(tmp_path)[0])
+    assert found() == [6]
+    (tmp_path / "checkpoints" / "latest").unlink()
+    write(tmp_path, 3, keep=9)
+    (tmp_path / "checkpoints" / "latest").unlink()
+    assert found() == [6, 3], "without a link the newest is preferred"
 
 
 def test_writing_a_step_again_replaces_it(tmp_path):
@@ -84,7 +102,8 @@ def test_a_part_that_cannot_be_read_is_damage(unprivileged):
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o755)  # tmp_path would be closed to others altogether
         checkpoint = write(Path(folder), 1)
-        (checkpoint / "model.safetensors").chmod(0)
+        for path in checkpoint.iterdir():
+            path.chmod(0 if path.stem == "model" else 0o644)
         with unprivileged():
             found = damage(checkpoint)
     assert "Permission denied" in found

@@ -15,19 +15,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from varscale.engine.rundir import BEST, LATEST, STEP, checkpoint_folder, checkpoint_name, find_checkpoints
+from varscale.engine.rundir import BEST, LATEST, REPLACED, STEP, checkpoint_folder, checkpoint_name, find_checkpoints
 from varscale.errors import UserError
 from varscale.files import replace_link, sync
 
 SUMS, STATE = "SHA256SUMS", "state.json"
 WRITING, DELETING, DAMAGED = ".writing-", ".deleting-", "damaged-"  # what is put before a folder's name
-REPLACED = "-replaced"  # and behind it, as long as the new one is not there: it still counts
 
 Tensors = Mapping[str, Tensor]
 
 
 def write_checkpoint(run: Path, step: int, parts: Mapping[str, Tensors], state: dict, keep: int) -> Path:
-    """Write the parts (file stem -> tensors) as the checkpoint of `step`; keep the newest `keep`, and the best.
+    """Write the parts (file stem -> tensors) as the checkpoint of `step`; keep `keep` and the best.
 
     Only rank 0 calls it. Raises OSError (disk full, no permission) with the older checkpoints untouched.
     """
@@ -65,7 +64,7 @@ def mark_best(run: Path, step: int) -> None:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint: a file that cannot be read or differs from SHA256SUMS; None where all is well."""
+    """What is wrong with a checkpoint: which file cannot be read or differs from its sum; None where all is well."""
     try:
         for name in _sums(checkpoint).keys() | {path.name for path in checkpoint.glob("*.safetensors")}:
             _check(checkpoint / name)
