@@ -39,9 +39,8 @@ def write_checkpoint(run: Path, step: int, parts: Mapping[str, Tensors], state: 
         aside.mkdir()
         for stem, tensors in parts.items():
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside / f"{stem}.safetensors")
-        (aside / STATE).write_text(json.dumps({"step": step, "state": state}, indent=1))
-        sums = [f"{_digest(path)}  {path.name}\n" for path in sorted(aside.iterdir())]
-        (aside / SUMS).write_text("".join(sums))
+        (aside / STATE).write_text(json.dumps({"step": step, "state": state, "parts": sorted(parts)}, indent=1))
+        (aside / SUMS).write_text(_lines({path.name: _digest(path) for path in aside.iterdir()}))
         for path in (*aside.iterdir(), aside):
             sync(path)
         if target.exists():  # a resumed run comes by the same step again
@@ -66,7 +65,9 @@ def mark_best(run: Path, step: int) -> None:
 def damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint: which file cannot be read or differs from its sum; None where all is well."""
     try:
-        for name in _sums(checkpoint).keys() | {path.name for path in checkpoint.glob("*.safetensors")}:
+        found = {path.name for path in checkpoint.glob("*.safetensors")}
+        parts = {f"{stem}.safetensors" for stem in read_state(checkpoint)["parts"]}
+        for name in sorted(_sums(checkpoint).keys() | found | parts):
             _check(checkpoint / name)
     except (UserError, OSError) as error:  # OSError: no permission, or a disk that fails
         return str(error)
@@ -81,7 +82,7 @@ def put_aside(checkpoint: Path) -> Path:
 
 
 def read_state(checkpoint: Path) -> dict:
-    """The contents of state.json: {"step": int, "state": dict}. Raises UserError where it is damaged or missing."""
+    """{"step": int, "state": dict, "parts": list[str]}: state.json. Raises UserError if it is damaged or missing."""
     path = checkpoint / STATE
     _check(path)
     return json.loads(path.read_text())
@@ -98,12 +99,19 @@ def _sums(checkpoint: Path) -> dict[str, str]:
     """SHA256SUMS as file name -> digest."""
     path = checkpoint / SUMS
     try:
-        found = dict(reversed(line.split("  ")) for line in path.read_text().splitlines())
+        text = path.read_bytes().decode()
+        found = dict(reversed(line.split("  ")) for line in text.splitlines())
     except (OSError, ValueError) as error:  # ValueError: also what is not UTF-8
         raise UserError(f"{path}: cannot be read: {error}") from None
+    if text != _lines(found):
+        raise UserError(f"{path}: is damaged (its lines are not as they were written)")
     if STATE not in found:
         raise UserError(f"{path}: does not name {STATE}")
     return found
+
+
+def _lines(sums: dict[str, str]) -> str:
+    return "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
 
 
 def _check(path: Path) -> None:
