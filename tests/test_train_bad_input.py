@@ -26,7 +26,7 @@ def data(digits, tmp_path):
 def refused(tmp_path, capsys, monkeypatch):
     """Call train.py's main; return its one line of complaint."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("varscale.engine.distributed.join", lambda: pytest.fail("the run was started"))
+    monkeypatch.setattr("varscale.engine.distributed.join", lambda _: pytest.fail("the run was started"))
 
     def call(*arguments: str, recipe: str = "digits-varcon") -> str:
         before = sorted(tmp_path.rglob("*"))

@@ -7,10 +7,11 @@ import time
 from types import FrameType
 from typing import Self
 
-PREEMPTED, INTERRUPTED = 75, 130  # exit codes: "start me again" (EX_TEMPFAIL), and that of a shell after Ctrl-C
+# Exit codes: of a rank that ended because of another one, "start me again" (EX_TEMPFAIL), that of a shell after Ctrl-C.
+PEER_FAILED, PREEMPTED, INTERRUPTED = 1, 75, 130
 
 SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
-TIME_LIMIT = signal.NSIG  # a reason beside the signals
+TIME_LIMIT, UNSAVED = signal.NSIG, signal.NSIG + 1  # reasons beside the signals
 SAME = 3.0  # seconds; a launcher that is told to stop passes the signal on to ranks which have it already
 
 
@@ -74,10 +75,11 @@ class StopRequest:
 
 
 def reason_name(reason: int) -> str:
-    """For people: the signal's name, or "the time limit"."""
-    return "the time limit" if reason == TIME_LIMIT else signal.Signals(reason).name
+    """For people: the signal's name, or what else it was."""
+    others = {TIME_LIMIT: "the time limit", UNSAVED: "a last checkpoint that could not be written"}
+    return others.get(reason) or signal.Signals(reason).name
 
 
 def exit_code(reason: int) -> int:
-    """That of a run which stopped for this reason, its state saved."""
+    """That of a run which stopped for this reason."""
     return INTERRUPTED if reason == signal.SIGINT else PREEMPTED
