@@ -110,6 +110,46 @@ def test_a_part_that_cannot_be_read_is_damage(unprivileged):
     assert "model.safetensors" in found
 
 
+def test_only_the_last_damaged_one_is_kept(tmp_path):
+    for step in (1, 2):
+        put_aside(write(tmp_path, step, keep=9))
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["damaged-step-00000002", "latest"]
+
+
+def test_every_name_reaches_the_disk_after_what_it_names(tmp_path, monkeypatch):
+    """What a power cut leaves depends on this order alone."""
+    write(tmp_path / "a run", 1)
+    done = []
+
+    def spy(name, describe):
+        real = getattr(os, name)
+
+        def call(*arguments, **options):
+            done.append((name, describe(*arguments)))
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(os, name, call)
+
+    def file_name(handle):
+        return os.path.relpath(os.readlink(f"/proc/self/fd/{handle}"), tmp_path)
+
+    spy("fsync", file_name)
+    for name in ("rename", "replace"):
+        spy(name, lambda _, target: os.path.relpath(target, tmp_path))
+    write(tmp_path / "run", 1)
+    folder, aside = "run/checkpoints", "run/checkpoints/.writing-step-00000001"
+    files = ["SHA256SUMS", "model.safetensors", "optimizer.safetensors", "state.json"]
+    assert sorted(done[:2]) == [("fsync", "."), ("fsync", "run")]
+    assert sorted(done[2:6]) == [("fsync", f"{aside}/{name}") for name in files]
+    assert done[6:] == [
+        ("fsync", aside),
+        ("rename", f"{folder}/step-00000001"),
+        ("fsync", folder),
+        ("replace", f"{folder}/latest"),
+        ("fsync", folder),
+    ]
+
+
 def test_a_run_without_checkpoint_and_a_misspelt_run_are_named(tmp_path):
     with pytest.raises(UserError, match="holds no checkpoint"):
         find_checkpoint(tmp_path)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from varscale.engine.rundir import BEST, LATEST, REPLACED, STEP, checkpoint_folder, checkpoint_name, find_checkpoints
 from varscale.errors import UserError
-from varscale.files import replace_link, sync
+from varscale.files import make_folder, replace_link, sync
 
 SUMS, STATE = "SHA256SUMS", "state.json"
 WRITING, DELETING, DAMAGED = ".writing-", ".deleting-", "damaged-"  # what is put before a folder's name
@@ -25,16 +25,21 @@ WRITING, DELETING, DAMAGED = ".writing-", ".deleting-", "damaged-"  # what is pu
 Tensors = Mapping[str, Tensor]
 
 
+class NotDeletedError(OSError):
+    """A checkpoint was written; what should have gone then could not be deleted."""
+
+
 def write_checkpoint(run: Path, step: int, parts: Mapping[str, Tensors], state: dict, keep: int) -> Path:
     """Write the parts (file stem -> tensors) as the checkpoint of `step`; keep `keep` and the best.
 
-    Only rank 0 calls it. Raises OSError (disk full, no permission) with the older checkpoints untouched.
+    Only rank 0 calls it. Raises OSError (disk full, no permission) with the older checkpoints untouched, and
+    NotDeletedError where it is written, but the older ones could not be deleted.
     """
     folder = checkpoint_folder(run)
     target = folder / checkpoint_name(step)
     aside = folder / f"{WRITING}{target.name}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         _clear(folder)
         aside.mkdir()
         for stem, tensors in parts.items():
@@ -51,7 +56,10 @@ def write_checkpoint(run: Path, step: int, parts: Mapping[str, Tensors], state: 
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise OSError(f"{target}: {error}") from error
-    _delete_old(folder, keep)
+    try:
+        _delete_old(folder, keep)
+    except OSError as error:
+        raise NotDeletedError(f"{folder}: old checkpoints cannot be deleted ({error})") from error
     return target
 
 
@@ -75,9 +83,10 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def put_aside(checkpoint: Path) -> Path:
-    """Rename a damaged checkpoint so that nothing takes it for a good one; returns its new place."""
+    """Rename a damaged checkpoint so that nothing takes it for a good one; returns its new place. It alone is kept."""
     aside = checkpoint.with_name(f"{DAMAGED}{checkpoint.name}")
-    shutil.rmtree(aside, ignore_errors=True)
+    for older in checkpoint.parent.glob(f"{DAMAGED}*"):
+        shutil.rmtree(older, ignore_errors=True)
     return checkpoint.rename(aside)
 
 
