@@ -2,13 +2,17 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from varscale import train
 from varscale.config import OBJECTIVES, load_config, resolve_batch
+from varscale.data.dataset import read_dataset_info
+from varscale.engine.checkpoints import write_checkpoint
 from varscale.engine.launch import check_training_data
+from varscale.engine.manifest import write_manifest
 
 FAST = ["online_knn.every_epochs=0"]
 
@@ -23,7 +27,7 @@ def data(digits, tmp_path):
 def refused(tmp_path, capsys, monkeypatch):
     """Call train.py's main; return its one line of complaint."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("varscale.engine.distributed.join", lambda: pytest.fail("the run was started"))
+    monkeypatch.setattr("varscale.engine.distributed.join", lambda _: pytest.fail("the run was started"))
 
     def call(*arguments: str, recipe: str = "digits-varcon") -> str:
         before = sorted(tmp_path.rglob("*"))
@@ -135,6 +139,17 @@ def test_output_directory_in_use(refused, data, tmp_path):
 
 def test_resuming_what_does_not_exist(refused, data, tmp_path):
     assert "there is no such run" in refused(f"data.dir={data}", "--resume", str(tmp_path / "gone"))
+
+
+def test_resuming_one_run_into_another(refused, data, tmp_path):
+    for name in ("mine", "yours"):
+        config = load_config("digits-varcon", [f"data.dir={data}", f"output_dir={name}"])
+        write_manifest(config, {}, read_dataset_info(data).digest, world_size=1, device="cpu")
+        write_checkpoint(Path(name), 5, {}, {}, keep=1)
+    for place in ("mine", "mine/checkpoints/step-00000005"):
+        message = refused(f"data.dir={data}", "output_dir=yours", "--resume", place)
+        assert "output_dir: yours already holds something" in message
+        assert "or with output_dir=" in message
 
 
 def test_a_tracker_that_is_not_installed(refused, data, monkeypatch):

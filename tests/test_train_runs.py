@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -239,30 +240,51 @@ def test_a_loss_that_is_not_finite_stops_the_run(launch, small_run, runs):
     assert all(t.isfinite().all() for t in load_file(newest / "model.safetensors").values())
 
 
-def test_ctrl_c_ends_a_run_within_seconds(small_run, runs, repository):
+@pytest.fixture
+def interrupted(small_run, runs, repository):
+    """A function: start a run, wait until `begun` of its process says so, press Ctrl-C, return its code and words."""
+
+    def call(name, begun):
+        command = ["varscale/train.py", "--config", "digits-varcon", *small_run, f"output_dir={runs / name}"]
+        process = subprocess.Popen(
+            [sys.executable, *command, "schedule.epochs=500"],
+            cwd=repository,
+            stderr=subprocess.PIPE,
+            text=True,
+            # Started in the background, a process ignores the signal.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
+        try:
+            while process.poll() is None and not begun(process):
+                time.sleep(0.05)
+            start = time.monotonic()
+            process.send_signal(signal.SIGINT)
+            _, said = process.communicate(timeout=60)
+        finally:
+            process.kill()
+        assert time.monotonic() - start < 30
+        return process.returncode, said
+
+    return call
+
+
+def test_ctrl_c_ends_a_run_within_seconds(interrupted, runs):
     run = runs / "interrupted"
-    command = ["varscale/train.py", "--config", "digits-varcon", *small_run, f"output_dir={run}", "schedule.epochs=500"]
-    process = subprocess.Popen(
-        [sys.executable, *command],
-        cwd=repository,
-        stderr=subprocess.PIPE,
-        text=True,
-        # Started in the background, a process ignores the signal.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-    try:
-        while process.poll() is None and not (run / "metrics.jsonl").exists():
-            time.sleep(0.1)
-        time.sleep(1)  # into the training, and into decoding
-        start = time.monotonic()
-        process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert time.monotonic() - start < 30
-    assert process.returncode == 130, said
+    code, said = interrupted(run.name, lambda _: (run / "metrics.jsonl").exists() and metrics(run))
+    assert code == 130, said
+    assert "SIGINT: stopping after this step; again in 3 s: at once\n" in said
     assert said.splitlines()[-1] == "stopped by SIGINT; the same command with --resume auto goes on"
     assert metrics(run)[-1]["step"] == read_state((run / "checkpoints" / "latest").resolve())["step"]
+
+
+def test_ctrl_c_in_the_set_up_ends_it_without_a_traceback(interrupted):
+    def loads_torch(process):
+        return "libtorch" in Path(f"/proc/{process.pid}/maps").read_text()
+
+    code, said = interrupted("interrupted early", loads_torch)
+    assert code == 130, said
+    assert said.splitlines()[-1] == "interrupted before the first step; the same command with --resume auto begins"
+    assert "Traceback" not in said
 
 
 def test_the_script_does_not_shadow_other_packages(launch):

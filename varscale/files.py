@@ -6,6 +6,14 @@ from pathlib import Path
 _ASIDE = ".writing-"
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder, and those above it that are missing, so that a power cut does not take their names."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        sync(folder.parent)
+
+
 def replace_text(path: Path, text: str) -> None:
     """Write a file so that a reader, or a restart after a power cut, finds the old contents or the new."""
     aside = path.with_name(f"{_ASIDE}{path.name}")

@@ -141,14 +141,14 @@ def run(job: Job, checkpoint: Path | None, position: TrainState | None, ranks: "
     It begins with the tensors of `checkpoint`, or new ones, and stands where the checkpoint did unless `position` says
     otherwise. Returns 0 at the end, or the reason for which it was stopped, its state saved.
     """
-    from varscale.data.sampling import epoch_order, rank_batches, steps_per_epoch
+    from varscale.data.sampling import steps_per_epoch
     from varscale.engine import resume
     from varscale.engine.bad_steps import BadSteps
     from varscale.engine.determinism import seed_step, use_deterministic_kernels
     from varscale.engine.distributed import greatest
     from varscale.engine.learners import build_learner
     from varscale.engine.meter import Meter
-    from varscale.engine.opening import open_engine, open_views
+    from varscale.engine.opening import open_engine, open_steps
     from varscale.engine.pulse import Pulse
     from varscale.engine.saving import CheckpointWriter
     from varscale.engine.schedules import LearningRate
@@ -161,8 +161,7 @@ def run(job: Job, checkpoint: Path | None, position: TrainState | None, ranks: "
     config, sizes, data = job.config, job.sizes, job.data
     use_deterministic_kernels(config.compute.deterministic)
     watchdog = Watchdog(config.safety.watchdog_seconds, ranks)
-    images = data.train.num_samples
-    steps = steps_per_epoch(images, sizes.global_batch_size)
+    steps = steps_per_epoch(data.train.num_samples, sizes.global_batch_size)
     learning_rate = LearningRate(base_lr=config.optimizer.lr, steps_per_epoch=steps, **config.schedule.model_dump())
     total_steps = learning_rate.total_steps
     learner, meter = build_learner(config, data.info.num_classes, total_steps, ranks.device), Meter()
@@ -171,7 +170,7 @@ def run(job: Job, checkpoint: Path | None, position: TrainState | None, ranks: "
     engine = open_engine(config, job.deepspeed, learner)
     state = resume.restore_progress(checkpoint, engine, meter, ranks) if checkpoint else TrainState()
     state = position or state
-    loader, augment = open_views(config, data.info, ranks)
+    steps_from = open_steps(job, ranks)
     telemetry = Telemetry(config, job.deepspeed, data.info.digest, total_steps, state, meter, ranks)
     bad_steps = BadSteps(config.safety, config.output_dir, learner.network, telemetry.warn)
     writer = CheckpointWriter(config.output_dir, config.checkpoint.keep, ranks, telemetry.warn)
@@ -188,21 +187,12 @@ def run(job: Job, checkpoint: Path | None, position: TrainState | None, ranks: "
         stop.defer_interrupts()
         pulse.measure(state, telemetry, writer)
         while state.step < total_steps and not reason:
-            epoch, first = state.position(steps)
-            plan = rank_batches(
-                epoch_order(images, config.seed, epoch),
-                global_batch_size=sizes.global_batch_size,
-                micro_batch_size=sizes.micro_batch_size,
-                rank=ranks.rank,
-                world_size=ranks.world_size,
-            )[first:]
-            with closing(loader.batches(plan.reshape(-1, sizes.micro_batch_size), epoch)) as batches:
-                for _ in plan:
+            with closing(steps_from(*state.position(steps))) as rest_of_epoch:
+                for micro_batches in rest_of_epoch:
                     lr = learning_rate(state.step)
                     set_learning_rate(engine, lr)
                     seed_step(config.seed, state.step, ranks.rank)
                     bad_steps.remember()
-                    micro_batches = [augment(next(batches), epoch) for _ in range(sizes.gradient_accumulation_steps)]
                     terms, gradient_norm = take_step(engine, learner, micro_batches, bad_steps.mark)
                     state.advance(sizes.global_batch_size)
 

@@ -2,12 +2,14 @@
 
 import os
 import subprocess
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
 
-from varscale.engine.checkpoints import read_part, read_state, write_checkpoint
-from varscale.engine.rundir import find_checkpoint, latest_checkpoint
+from varscale.engine.checkpoints import damage, put_aside, read_part, read_state, write_checkpoint
+from varscale.engine.rundir import find_checkpoint, find_checkpoints, latest_checkpoint
 from varscale.errors import UserError
 
 
@@ -35,6 +37,24 @@ def test_the_newest_are_kept_and_nothing_else_is_left(tmp_path):
     for step in (1, 2, 3, 10):
         write(tmp_path, step)
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["latest", "step-00000003", "step-00000010"]
+
+
+def test_what_a_run_left_when_it_went_on_from_an_older_checkpoint_goes_first_and_is_taken_last(tmp_path):
+    def found():
+        return [int(path.name.removeprefix("step-")) for path in find_checkpoints(tmp_path)]
+
+    for step in (20, 5):
+        write(tmp_path, step)
+    assert found() == [5, 20]
+    write(tmp_path, 6)
+    assert found() == [6, 5]
+    write(tmp_path, 7)
+    put_aside(find_checkpoints(tmp_path)[0])
+    assert found() == [6]
+    (tmp_path / "checkpoints" / "latest").unlink()
+    write(tmp_path, 3, keep=9)
+    (tmp_path / "checkpoints" / "latest").unlink()
+    assert found() == [6, 3], "without a link the newest is preferred"
 
 
 def test_writing_a_step_again_replaces_it(tmp_path):
@@ -76,6 +96,58 @@ def test_missing_parts_are_named(tmp_path):
     (checkpoint / "SHA256SUMS").unlink()
     with pytest.raises(UserError, match=r"SHA256SUMS: cannot be read"):
         read_state(checkpoint)
+
+
+def test_a_part_that_cannot_be_read_is_damage(unprivileged):
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)  # tmp_path would be closed to others altogether
+        checkpoint = write(Path(folder), 1)
+        for path in checkpoint.iterdir():
+            path.chmod(0 if path.stem == "model" else 0o644)
+        with unprivileged():
+            found = damage(checkpoint)
+    assert "Permission denied" in found
+    assert "model.safetensors" in found
+
+
+def test_only_the_last_damaged_one_is_kept(tmp_path):
+    for step in (1, 2):
+        put_aside(write(tmp_path, step, keep=9))
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["damaged-step-00000002", "latest"]
+
+
+def test_every_name_reaches_the_disk_after_what_it_names(tmp_path, monkeypatch):
+    """What a power cut leaves depends on this order alone."""
+    write(tmp_path / "a run", 1)
+    done = []
+
+    def spy(name, describe):
+        real = getattr(os, name)
+
+        def call(*arguments, **options):
+            done.append((name, describe(*arguments)))
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(os, name, call)
+
+    def file_name(handle):
+        return os.path.relpath(os.readlink(f"/proc/self/fd/{handle}"), tmp_path)
+
+    spy("fsync", file_name)
+    for name in ("rename", "replace"):
+        spy(name, lambda _, target: os.path.relpath(target, tmp_path))
+    write(tmp_path / "run", 1)
+    folder, aside = "run/checkpoints", "run/checkpoints/.writing-step-00000001"
+    files = ["SHA256SUMS", "model.safetensors", "optimizer.safetensors", "state.json"]
+    assert sorted(done[:2]) == [("fsync", "."), ("fsync", "run")]
+    assert sorted(done[2:6]) == [("fsync", f"{aside}/{name}") for name in files]
+    assert done[6:] == [
+        ("fsync", aside),
+        ("rename", f"{folder}/step-00000001"),
+        ("fsync", folder),
+        ("replace", f"{folder}/latest"),
+        ("fsync", folder),
+    ]
 
 
 def test_a_run_without_checkpoint_and_a_misspelt_run_are_named(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from contextlib import suppress
 
 import pytest
@@ -129,3 +130,28 @@ def test_damage_at_random_bytes_is_found(tmp_path, seed):
             content[place:place] = b"\0" * (1 + draw(9))
     path.write_bytes(content)
     assert damage(checkpoint)
+
+
+def test_every_flipped_bit_and_lost_end_of_the_sums_is_found(tmp_path):
+    checkpoint = write_checkpoint(tmp_path, 1, {"model": {"w": torch.zeros(4)}, "meter": {}}, {"step": 1}, 1)
+    path = checkpoint / "SHA256SUMS"
+    content = path.read_bytes()
+    beside_the_digests = [place for line in re.finditer(rb"  \S+\n", content) for place in range(*line.span())]
+    for place in beside_the_digests:
+        for bit in range(8):
+            path.write_bytes(content[:place] + bytes([content[place] ^ 1 << bit]) + content[place + 1 :])
+            assert damage(checkpoint), (place, bit)
+        path.write_bytes(content[:place])
+        assert damage(checkpoint), place
+    path.write_bytes(content.replace(b"\n", b"\r\n"))
+    assert damage(checkpoint)
+    path.write_bytes(content)
+    assert damage(checkpoint) is None
+
+
+def test_a_part_that_lost_its_file_and_its_sum_is_missed(tmp_path):
+    checkpoint = write_checkpoint(tmp_path, 1, {"model": {"w": torch.zeros(4)}, "meter": {}}, {"step": 1}, 1)
+    (checkpoint / "meter.safetensors").unlink()
+    path = checkpoint / "SHA256SUMS"
+    path.write_text("".join(line for line in path.read_text().splitlines(keepends=True) if "meter" not in line))
+    assert damage(checkpoint).endswith("meter.safetensors: is missing from the checkpoint")

@@ -12,8 +12,9 @@ import pytest
 from varscale.engine.stopping import SAME, TIME_LIMIT, StopRequest, exit_code, reason_name
 
 
-def start(body: str) -> subprocess.Popen:
+def start(body: str, rank: int = 0) -> subprocess.Popen:
     """A process that says "ready" under a StopRequest and then does `body`."""
+    environment = os.environ | {"RANK": str(rank)}
     code = """
         import sys, time, signal
         signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where it was started in the background
@@ -22,7 +23,9 @@ def start(body: str) -> subprocess.Popen:
             print("ready", flush=True)
     """
     code = textwrap.dedent(code) + textwrap.indent(textwrap.dedent(body), " " * 4)
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
     assert process.stdout.readline() == "ready\n"
     return process
 
@@ -47,9 +50,10 @@ def test_the_first_signal_is_a_wish_and_a_second_ends_at_once(number, code):
 
 
 def test_ctrl_c_interrupts_at_once_until_it_is_deferred():
-    process = start("time.sleep(60)")
+    process = start("import ctypes; ctypes.CDLL(None).pause()")  # as where the ranks wait for each other
     process.send_signal(signal.SIGINT)
-    assert process.wait(5) not in (0, None)
+    assert process.wait(5) == 130
+    assert process.stderr.read() == "\ninterrupted before the first step; the same command with --resume auto begins\n"
     process = start("""
         stop.defer_interrupts()
         print("deferred", flush=True)
@@ -60,6 +64,14 @@ def test_ctrl_c_interrupts_at_once_until_it_is_deferred():
     assert process.stdout.readline() == "deferred\n"
     process.send_signal(signal.SIGINT)
     assert process.wait(5) == signal.SIGINT
+    assert process.stderr.read() == "\nSIGINT: stopping after this step; again in 3 s: at once\n"
+
+
+def test_only_rank_0_says_that_it_was_told():
+    process = start("time.sleep(1)", rank=1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(5) == 0
+    assert process.stderr.read() == ""
 
 
 def test_the_time_limit_is_a_reason_and_handlers_are_put_back():

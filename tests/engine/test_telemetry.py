@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import torch.distributed as dist
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from varscale.config import load_config
 from varscale.engine.distributed import Ranks
@@ -98,6 +99,34 @@ def test_a_resumed_run_drops_the_steps_it_takes_again_and_a_torn_line(tmp_path):
     with Telemetry(config, {}, "digest", 6, TrainState.from_dict(saved), Meter(), ranks()):
         pass
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
+
+
+def test_a_run_that_begins_with_another_ones_checkpoint_counts_its_own_metrics(tmp_path):
+    config, learner = vssl(tmp_path)
+    state = TrainState(step=2, metrics_bytes=12345)
+    with Telemetry(config, {}, "digest", 6, state, Meter(), ranks()) as telemetry:
+        saved = state.to_dict()  # before the first line: a kill now must not keep the lines that follow
+        state.advance(64)
+        telemetry.step(learner, terms(0.1), lr=0.1, gradient_norm=1.0)
+    with Telemetry(config, {}, "digest", 6, TrainState.from_dict(saved), Meter(), ranks()):
+        assert (tmp_path / "run" / "metrics.jsonl").read_text() == ""
+
+
+def test_a_resumed_run_shows_no_step_twice_in_tensorboard(tmp_path):
+    config, learner = vssl(tmp_path)
+    state = TrainState()
+    for loss in (1.0, 2.0):
+        with Telemetry(config, {}, "digest", 6, state, Meter(), ranks()) as telemetry:
+            while state.step < 4:
+                state.advance(64)
+                step = [part | {"loss": torch.tensor(loss)} for part in terms(0.1)]
+                telemetry.step(learner, step, lr=0.1, gradient_norm=1.0)
+                if state.step == 2:
+                    saved = state.to_dict()
+        state = TrainState.from_dict(saved)
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    seen = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    assert seen == [(1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0)]
 
 
 def test_other_ranks_write_nothing(tmp_path):

@@ -15,34 +15,37 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from varscale.engine.rundir import BEST, LATEST, STEP, checkpoint_folder, checkpoint_name, find_checkpoints
+from varscale.engine.rundir import BEST, LATEST, REPLACED, STEP, checkpoint_folder, checkpoint_name, find_checkpoints
 from varscale.errors import UserError
-from varscale.files import replace_link, sync
+from varscale.files import make_folder, replace_link, sync
 
 SUMS, STATE = "SHA256SUMS", "state.json"
 WRITING, DELETING, DAMAGED = ".writing-", ".deleting-", "damaged-"  # what is put before a folder's name
-REPLACED = "-replaced"  # and behind it, as long as the new one is not there: it still counts
 
 Tensors = Mapping[str, Tensor]
 
 
-def write_checkpoint(run: Path, step: int, parts: Mapping[str, Tensors], state: dict, keep: int) -> Path:
-    """Write the parts (file stem -> tensors) as the checkpoint of `step`; keep the newest `keep`, and the best.
+class NotDeletedError(OSError):
+    """A checkpoint was written; what should have gone then could not be deleted."""
 
-    Only rank 0 calls it. Raises OSError (disk full, no permission) with the older checkpoints untouched.
+
+def write_checkpoint(run: Path, step: int, parts: Mapping[str, Tensors], state: dict, keep: int) -> Path:
+    """Write the parts (file stem -> tensors) as the checkpoint of `step`; keep `keep` and the best.
+
+    Only rank 0 calls it. Raises OSError (disk full, no permission) with the older checkpoints untouched, and
+    NotDeletedError where it is written, but the older ones could not be deleted.
     """
     folder = checkpoint_folder(run)
     target = folder / checkpoint_name(step)
     aside = folder / f"{WRITING}{target.name}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         _clear(folder)
         aside.mkdir()
         for stem, tensors in parts.items():
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside / f"{stem}.safetensors")
-        (aside / STATE).write_text(json.dumps({"step": step, "state": state}, indent=1))
-        sums = [f"{_digest(path)}  {path.name}\n" for path in sorted(aside.iterdir())]
-        (aside / SUMS).write_text("".join(sums))
+        (aside / STATE).write_text(json.dumps({"step": step, "state": state, "parts": sorted(parts)}, indent=1))
+        (aside / SUMS).write_text(_lines({path.name: _digest(path) for path in aside.iterdir()}))
         for path in (*aside.iterdir(), aside):
             sync(path)
         if target.exists():  # a resumed run comes by the same step again
@@ -53,7 +56,10 @@ def write_checkpoint(run: Path, step: int, parts: Mapping[str, Tensors], state: 
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise OSError(f"{target}: {error}") from error
-    _delete_old(folder, keep)
+    try:
+        _delete_old(folder, keep)
+    except OSError as error:
+        raise NotDeletedError(f"{folder}: old checkpoints cannot be deleted ({error})") from error
     return target
 
 
@@ -65,24 +71,27 @@ def mark_best(run: Path, step: int) -> None:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint: the file, and how it differs from SHA256SUMS; None where all is well."""
+    """What is wrong with a checkpoint: which file cannot be read or differs from its sum; None where all is well."""
     try:
-        for name in _sums(checkpoint).keys() | {path.name for path in checkpoint.glob("*.safetensors")}:
+        found = {path.name for path in checkpoint.glob("*.safetensors")}
+        parts = {f"{stem}.safetensors" for stem in read_state(checkpoint)["parts"]}
+        for name in sorted(_sums(checkpoint).keys() | found | parts):
             _check(checkpoint / name)
-    except UserError as error:
+    except (UserError, OSError) as error:  # OSError: no permission, or a disk that fails
         return str(error)
     return None
 
 
 def put_aside(checkpoint: Path) -> Path:
-    """Rename a damaged checkpoint so that nothing takes it for a good one; returns its new place."""
+    """Rename a damaged checkpoint so that nothing takes it for a good one; returns its new place. It alone is kept."""
     aside = checkpoint.with_name(f"{DAMAGED}{checkpoint.name}")
-    shutil.rmtree(aside, ignore_errors=True)
+    for older in checkpoint.parent.glob(f"{DAMAGED}*"):
+        shutil.rmtree(older, ignore_errors=True)
     return checkpoint.rename(aside)
 
 
 def read_state(checkpoint: Path) -> dict:
-    """The contents of state.json: {"step": int, "state": dict}. Raises UserError where it is damaged or missing."""
+    """{"step": int, "state": dict, "parts": list[str]}: state.json. Raises UserError if it is damaged or missing."""
     path = checkpoint / STATE
     _check(path)
     return json.loads(path.read_text())
@@ -99,12 +108,19 @@ def _sums(checkpoint: Path) -> dict[str, str]:
     """SHA256SUMS as file name -> digest."""
     path = checkpoint / SUMS
     try:
-        found = dict(reversed(line.split("  ")) for line in path.read_text().splitlines())
+        text = path.read_bytes().decode()
+        found = dict(reversed(line.split("  ")) for line in text.splitlines())
     except (OSError, ValueError) as error:  # ValueError: also what is not UTF-8
         raise UserError(f"{path}: cannot be read: {error}") from None
+    if text != _lines(found):
+        raise UserError(f"{path}: is damaged (its lines are not as they were written)")
     if STATE not in found:
         raise UserError(f"{path}: does not name {STATE}")
     return found
+
+
+def _lines(sums: dict[str, str]) -> str:
+    return "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
 
 
 def _check(path: Path) -> None:

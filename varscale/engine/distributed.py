@@ -12,7 +12,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
-PATIENCE = timedelta(minutes=10)  # for a rank that does not come to a collective; saving a large checkpoint takes a few
+PATIENCE = (
+    600.0  # seconds, for a rank that does not come to a collective; saving a large checkpoint takes a few minutes
+)
 FAILURE = "varscale/failure"  # where in the process group's store a failing rank leaves word
 
 
@@ -41,8 +43,11 @@ class Ranks:
         return max(1, len(os.sched_getaffinity(0)) // self.local_world_size)
 
 
-def join() -> Ranks:
-    """Start the default process group: nccl on GPUs, gloo on CPU; a plain `python` run is a group of one."""
+def join(watchdog_seconds: float = 0.0) -> Ranks:
+    """Start the default process group: nccl on GPUs, gloo on CPU; a plain `python` run is a group of one.
+
+    watchdog_seconds: after which a Watchdog acts. Collectives wait for longer, or they would break before it.
+    """
     import deepspeed
 
     if "RANK" not in os.environ:
@@ -57,7 +62,8 @@ def join() -> Ranks:
     # For ranks on CPU DeepSpeed would compile a reduction that only tensor-parallel inference uses, and load it under a
     # lock file: a process killed at that moment would leave the lock, and every later one would wait for ever.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend=backend, timeout=PATIENCE, verbose=False)
+    patience = timedelta(seconds=max(PATIENCE, 2 * watchdog_seconds))
+    deepspeed.init_distributed(dist_backend=backend, timeout=patience, verbose=False)
     ranks = Ranks(dist.get_rank(), local_rank, world_size, local_world_size, device)
     torch.set_num_threads(ranks.cores)
     return ranks

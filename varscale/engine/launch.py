@@ -104,12 +104,15 @@ def check_run_directory(config: Config, data_digest: str, resume: str | None) ->
     if resume not in (None, "auto"):
         origin, checkpoint = find_checkpoint(Path(resume))
         refuse_another_run(read_manifest(origin), config, data_digest, checkpoint)
+        if run.resolve() != origin.resolve() and not _is_free(run):
+            raise UserError(
+                f"output_dir: {run} already holds something; go on from {resume} in a new directory, "
+                f"or with output_dir={origin}"
+            )
         if Path(resume).resolve() == origin.resolve():
             return Origin(find_checkpoints(origin))
         return Origin([checkpoint], fall_back=False)
-    if run.exists() and not run.is_dir():
-        raise UserError(f"output_dir: {run} is a file")
-    if not run.exists() or all(is_unfinished(path) or path.name == SUBMISSIONS for path in run.iterdir()):
+    if _is_free(run):
         return Origin()
     if not (run / "manifest.json").is_file():
         raise UserError(f"output_dir: {run} holds files that are not a run's; choose an empty or new directory")
@@ -117,3 +120,10 @@ def check_run_directory(config: Config, data_digest: str, resume: str | None) ->
         raise UserError(f"output_dir: {run} already holds a run; continue it with --resume auto, or choose another")
     refuse_another_run(read_manifest(run), config, data_digest, run)
     return Origin(find_checkpoints(run))
+
+
+def _is_free(run: Path) -> bool:
+    """Whether a run may begin here: there is nothing, or what prepares a run. Raises UserError where it is a file."""
+    if run.exists() and not run.is_dir():
+        raise UserError(f"output_dir: {run} is a file")
+    return not run.exists() or all(is_unfinished(path) or path.name == SUBMISSIONS for path in run.iterdir())

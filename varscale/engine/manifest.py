@@ -11,7 +11,7 @@ from pathlib import Path
 
 from varscale.config import Config, to_yaml
 from varscale.errors import UserError
-from varscale.files import replace_text
+from varscale.files import make_folder, replace_text
 
 REVISION = "REVISION"  # in a snapshot of the code: the revision it was made from
 
@@ -36,7 +36,7 @@ def write_manifest(config: Config, deepspeed: dict, data_digest: str, *, world_s
         "git_revision": git_revision(),
         "hardware": _hardware() | {"device": device},
     }
-    config.output_dir.mkdir(parents=True, exist_ok=True)
+    make_folder(config.output_dir)
     path = config.output_dir / "manifest.json"
     starts = json.loads(path.read_text())["starts"] if path.is_file() else []
     manifest = {

@@ -1,16 +1,18 @@
 """What a run is made of, from its configuration: the network under DeepSpeed, and the views of its images."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import closing
 
 import torch
 from deepspeed import DeepSpeedEngine
 
 from varscale.config import Config
 from varscale.data.augment import Augmentation
-from varscale.data.dataset import DatasetInfo
 from varscale.data.geometry import CropSpec
 from varscale.data.loader import Batch, ViewLoader
+from varscale.data.sampling import epoch_order, rank_batches
 from varscale.engine.distributed import Ranks
+from varscale.engine.launch import Job
 from varscale.engine.learners import Learner, MicroBatch
 from varscale.engine.optimizers import build_optimizer
 from varscale.engine.zero import build_engine, partition_companion, partition_group
@@ -29,10 +31,32 @@ def open_engine(config: Config, deepspeed: dict, learner: Learner) -> DeepSpeedE
     return engine
 
 
-def open_views(
-    config: Config, info: DatasetInfo, ranks: Ranks
-) -> tuple[ViewLoader, Callable[[Batch, int], MicroBatch]]:
+def open_steps(job: Job, ranks: Ranks) -> Callable[[int, int], Generator[list[MicroBatch], None, None]]:
+    """A function of an epoch and the number of a step in it: this rank's micro-batches in it and those behind.
+
+    The loader cuts their views from the images, the augmentation finishes them on the device.
+    """
+    config, sizes = job.config, job.sizes
+    loader, augment = _open_views(job, ranks)
+
+    def steps(epoch: int, first: int) -> Generator[list[MicroBatch], None, None]:
+        plan = rank_batches(
+            epoch_order(job.data.train.num_samples, config.seed, epoch),
+            global_batch_size=sizes.global_batch_size,
+            micro_batch_size=sizes.micro_batch_size,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+        )[first:]
+        with closing(loader.batches(plan.reshape(-1, sizes.micro_batch_size), epoch)) as batches:
+            for _ in plan:
+                yield [augment(next(batches), epoch) for _ in range(sizes.gradient_accumulation_steps)]
+
+    return steps
+
+
+def _open_views(job: Job, ranks: Ranks) -> tuple[ViewLoader, Callable[[Batch, int], MicroBatch]]:
     """The loader that cuts views from images, and the function that makes them a micro-batch on the device."""
+    config, info = job.config, job.data.info
     d = config.data
     crop = CropSpec(d.image_size, d.crop_scale, d.crop_ratio, d.flip, d.interpolation)
     local_crop = CropSpec(d.local_size, d.local_scale, d.crop_ratio, d.flip, d.interpolation)

@@ -21,6 +21,7 @@ from varscale.errors import UserError
 
 SUBMISSIONS = "slurm"  # may be there before the run is
 LATEST, BEST, STEP = "latest", "best", "step-"
+REPLACED = "-replaced"  # behind the name of a checkpoint whose place is being taken by a new one: it still counts
 
 
 def checkpoint_folder(run: Path) -> Path:
@@ -34,11 +35,15 @@ def checkpoint_name(step: int) -> str:
 
 
 def find_checkpoints(run: Path) -> list[Path]:
-    """The complete checkpoints of a run, that which `latest` names first, then from the newest to the oldest."""
+    """The complete checkpoints of a run, in the order in which they are to be preferred.
+
+    First that which `latest` names, then those before it from the newest on, then those behind it: a run that went on
+    from an older checkpoint has left these.
+    """
     folder = checkpoint_folder(run)
     found = sorted((path for path in folder.glob(f"{STEP}*") if path.is_dir()), reverse=True)
     latest = (folder / LATEST).resolve().name
-    return sorted(found, key=lambda path: path.name != latest)
+    return sorted(found, key=lambda path: (path.name != latest, path.name.removesuffix(REPLACED) > latest))
 
 
 def latest_checkpoint(run: Path) -> Path | None:

@@ -2,15 +2,17 @@
 
 import os
 import signal
+import sys
 import threading
 import time
 from types import FrameType
 from typing import Self
 
-PREEMPTED, INTERRUPTED = 75, 130  # exit codes: "start me again" (EX_TEMPFAIL), and that of a shell after Ctrl-C
+# Exit codes: of a rank that ended because of another one, "start me again" (EX_TEMPFAIL), that of a shell after Ctrl-C.
+PEER_FAILED, PREEMPTED, INTERRUPTED = 1, 75, 130
 
 SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
-TIME_LIMIT = signal.NSIG  # a reason beside the signals
+TIME_LIMIT, UNSAVED = signal.NSIG, signal.NSIG + 1  # reasons beside the signals
 SAME = 3.0  # seconds; a launcher that is told to stop passes the signal on to ranks which have it already
 
 
@@ -19,7 +21,7 @@ class StopRequest:
 
     The first signal only leaves a wish, `reason`; the loop grants it at the end of a step. Another one, SAME seconds
     later, ends the process at once, wherever it is: a thread listens, for Python's own handlers wait while a
-    collective runs. SIGINT raises KeyboardInterrupt until `defer_interrupts`: before there is anything to save.
+    collective runs. So does the first SIGINT before `defer_interrupts`: there is nothing to save yet.
 
     time_limit: minutes from now after which the run shall stop as if preempted; None for no limit.
     """
@@ -29,11 +31,14 @@ class StopRequest:
         self.handlers: dict[int, object] = {}
         self.received: int | None = None
         self.received_at = 0.0
+        self.deferred = False
 
     def __enter__(self) -> Self:
         self.pipe = os.pipe()
         os.set_blocking(self.pipe[1], False)
-        self.handlers = {number: signal.signal(number, self._handle) for number in SIGNALS[:2]}
+        # Ignored is SIGINT in the background of a shell.
+        numbers = SIGNALS[: 2 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN else 3]
+        self.handlers = {number: signal.signal(number, self._handle) for number in numbers}
         self.wakeup = signal.set_wakeup_fd(self.pipe[1], warn_on_full_buffer=False)
         threading.Thread(target=self._listen, name="stop-request", daemon=True).start()
         return self
@@ -46,6 +51,7 @@ class StopRequest:
 
     def defer_interrupts(self) -> None:
         """From now on SIGINT is a wish, too, if signals are listened to at all."""
+        self.deferred = True
         if not self.handlers or signal.SIGINT in self.handlers:  # after a rewind it is asked for again
             return
         self.handlers[signal.SIGINT] = signal.signal(signal.SIGINT, self._handle)
@@ -67,17 +73,28 @@ class StopRequest:
                 number, now = received[0], time.monotonic()
                 if number not in self.handlers:
                     continue
+                if number == signal.SIGINT and not self.deferred:
+                    _say("interrupted before the first step; the same command with --resume auto begins")
+                    os._exit(INTERRUPTED)
                 if not self.received_at:
                     self.received_at = now
+                    _say(f"{reason_name(number)}: stopping after this step; again in {SAME:g} s: at once")
                 elif now - self.received_at > SAME:
                     os._exit(exit_code(number))
 
 
+def _say(message: str) -> None:
+    """On rank 0."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"\n{message}", file=sys.stderr, flush=True)
+
+
 def reason_name(reason: int) -> str:
-    """For people: the signal's name, or "the time limit"."""
-    return "the time limit" if reason == TIME_LIMIT else signal.Signals(reason).name
+    """For people: the signal's name, or what else it was."""
+    others = {TIME_LIMIT: "the time limit", UNSAVED: "a last checkpoint that could not be written"}
+    return others.get(reason) or signal.Signals(reason).name
 
 
 def exit_code(reason: int) -> int:
-    """That of a run which stopped for this reason, its state saved."""
+    """That of a run which stopped for this reason."""
     return INTERRUPTED if reason == signal.SIGINT else PREEMPTED

@@ -48,6 +48,7 @@ class Telemetry:
         run = config.output_dir
         write_manifest(config, deepspeed, data_digest, world_size=ranks.world_size, device=ranks.device_name)
         self.metrics = MetricsFile(run / "metrics.jsonl", state.metrics_bytes, self.warn)
+        state.metrics_bytes = self.metrics.position  # less where the checkpoint is of another run
         self.trackers = [_start_tracker(name, run, config, state.step) for name in config.logging.trackers]
         # In a log file every redrawn bar is one more line.
         interval = 0.1 if sys.stderr.isatty() else 30

@@ -5,28 +5,30 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Self
 
-from varscale.engine.distributed import Ranks
-from varscale.engine.stopping import PREEMPTED
+from varscale.engine.distributed import Ranks, announced_failure
+from varscale.engine.stopping import PEER_FAILED, PREEMPTED
 
 FAREWELL = 5.0  # seconds in which the other ranks, which hang in the same place, can show theirs before a launcher acts
 
 
 class Watchdog:
-    """Ends the process with code PREEMPTED when `beat` was not called for `seconds`; 0 seconds: never.
+    """Ends the process when `beat` was not called for `seconds`; 0 seconds: never.
 
     A context manager around the training loop. It finds a collective that one rank does not come to, a loader or a file
-    system that does not answer, and prints the stack of every thread and the last step before it ends the process.
+    system that does not answer, and prints the stack of every thread and the last step before it ends the process with
+    code PREEMPTED. Where another rank left word that it failed, that is the reason, and the code PEER_FAILED.
     """
 
     def __init__(self, seconds: float, ranks: Ranks) -> None:
         self.seconds, self.ranks = seconds, ranks
         self.step = 0
         self.ended = threading.Event()
-        self.beat()
 
     def __enter__(self) -> Self:
+        self.beat()
         if self.seconds:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         return self
@@ -46,6 +48,10 @@ class Watchdog:
                 break
             if self.ended.wait(left):
                 return
+        # With NCCL a rank that failed leaves the others waiting.
+        if cause := _within(FAREWELL, announced_failure):
+            print(f"error: another rank failed: {cause}", file=sys.stderr)
+            os._exit(PEER_FAILED)
         rank, world_size = self.ranks.rank, self.ranks.world_size
         print(
             f"\nwatchdog: rank {rank} of {world_size} on {os.uname().nodename} has done nothing for {self.seconds:g} s "
@@ -55,3 +61,13 @@ class Watchdog:
         faulthandler.dump_traceback(all_threads=True)
         time.sleep(FAREWELL)
         os._exit(PREEMPTED)
+
+
+def _within(seconds: float, question: Callable[[], str | None]) -> str | None:
+    """The answer if it comes in time: whom the question goes to may be what hangs."""
+    answers: list[str | None] = []
+    threading.Thread(target=lambda: answers.append(question()), daemon=True).start()
+    deadline = time.monotonic() + seconds
+    while not answers and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return answers[0] if answers else None

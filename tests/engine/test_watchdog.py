@@ -1,0 +1,69 @@
+"""The watchdog counts from the first step on, shows where it stands, and knows a failed rank from a stuck one."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+CODE = """
+import sys, time, torch
+import torch.distributed as dist
+from varscale.engine import distributed, watchdog
+watchdog.FAREWELL = 2.5  # of which the question for a failed rank takes two
+rank = int(sys.argv[1])
+ranks = distributed.Ranks(rank, rank, 2, 2, torch.device("cpu"))
+dog = watchdog.Watchdog(0.5, ranks)
+"""
+
+
+def start(body: str, rank: int = 0, port: int = 0) -> subprocess.Popen:
+    """A process that has a Watchdog of half a second, not yet entered, and does `body`."""
+    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = [sys.executable, "-c", CODE + textwrap.dedent(body), str(rank)]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def test_it_counts_from_its_entry():
+    process = start("""
+        time.sleep(1)
+        with dog:
+            time.sleep(0.2)
+        time.sleep(1)
+        sys.exit(7)
+    """)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 7, said
+
+
+def test_it_ends_a_process_that_stands_still():
+    process = start("""
+        watchdog.announced_failure = lambda: time.sleep(60)  # the store hangs, too
+        with dog:
+            dog.beat(5)
+            time.sleep(60)
+    """)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 75
+    assert "watchdog: rank 0 of 2 on " in said
+    assert "has done nothing for 0.5 s (safety.watchdog_seconds); its last step was 5" in said
+    assert 'File "<string>"' in said, "the stack"
+
+
+def test_a_rank_that_waits_for_one_that_failed_is_not_taken_for_stuck(free_port):
+    body = """
+        dist.init_process_group("gloo", rank=rank, world_size=2)
+        if rank == 1:
+            distributed.announce_failure(ranks, "out of memory")
+            time.sleep(60)  # as where the end of a process hangs
+        with dog:
+            distributed.meet(ranks)
+    """
+    port = free_port()
+    first, second = (start(body, rank, port) for rank in range(2))
+    try:
+        said = first.communicate(timeout=60)[1]
+    finally:
+        second.kill()
+        second.communicate()
+    assert first.returncode == 1, said
+    assert said.splitlines()[-1] == "error: another rank failed: rank 1: out of memory"
