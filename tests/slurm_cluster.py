@@ -82,10 +82,19 @@ class Cluster:
         files = [f"--{option}={self.root / name}" for option, name in files.items()]
         self._start("munged", ["munged", "--foreground", f"--socket={socket}", *files])
         self.wait_for(socket.exists, 10, "for munged")
-        self._start("slurmctld", ["slurmctld", "-D", "-f", str(self.root / "slurm.conf")])
+        self.start_controller()
         for number in range(1, NODES + 1):
             self.start_node(f"node{number}")
         self.wait_for(lambda: self.ask("sinfo", "-hN", "-p", "main", "-o", "%t").split() == ["idle"] * NODES, 30)
+
+    def start_controller(self) -> None:
+        """Start slurmctld, which goes on from what it had saved."""
+        self._start("slurmctld", ["slurmctld", "-D", "-f", str(self.root / "slurm.conf")])
+
+    def stop_controller(self) -> None:
+        """As for an update: jobs run on, but nobody answers questions about them."""
+        self.daemons["slurmctld"].terminate()
+        self.daemons["slurmctld"].wait(30)
 
     def start_node(self, node: str) -> None:
         """Start its slurmd, on one of this machine's cores: the ranks of two nodes are not to fight over them."""
@@ -103,6 +112,18 @@ class Cluster:
                 if os.readlink(process / "ns" / "uts") == namespace:
                     os.kill(int(process.name), signal.SIGKILL)
         self.daemons[node].wait(10)
+
+    def ranks(self, job: str) -> dict[int, int]:
+        """The processes of the ranks that a job has just now: their ids by the rank."""
+        found = {}
+        for process in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):
+                text = (process / "environ").read_bytes().decode(errors="replace")
+                variables = dict(line.partition("=")[::2] for line in text.split("\0"))
+                is_task = variables.get("SLURM_TASK_PID") == process.name and "SLURM_STEP_ID" in variables
+                if is_task and variables["SLURM_JOB_ID"] == job:
+                    found[int(variables["SLURM_PROCID"])] = int(process.name)
+        return found
 
     def ask(self, *command: object) -> str:
         """What a command of Slurm prints."""

@@ -2,6 +2,7 @@
 
 import json
 import socket
+from contextlib import suppress
 
 import pytest
 
@@ -86,9 +87,17 @@ def test_a_start_passes_through_the_environment(start, monkeypatch):
     assert Start.from_environment() == start
 
 
-def test_ports_are_free_and_not_always_the_same():
-    ports = {free_port() for _ in range(20)}
+@pytest.mark.parametrize("ephemeral", ["32768 60999", "1024 65535", "10001 65535", "10000 65500"])
+def test_ports_are_free_and_not_always_the_same(ephemeral, tmp_path, monkeypatch):
+    """Also where the kernel's own range leaves hardly a port outside, or none, or where that one is taken."""
+    monkeypatch.setattr("varscale.cluster.start.EPHEMERAL_PORTS", tmp_path / "range")
+    (tmp_path / "range").write_text(ephemeral.replace(" ", "\t") + "\n")
+    with socket.socket() as taken:
+        with suppress(OSError):  # then someone else has it
+            taken.bind(("", 10000))
+        ports = {free_port() for _ in range(20)}
     assert len(ports) > 10
+    assert 10000 not in ports
     for port in ports:
         with socket.socket() as probe:
             probe.bind(("", port))

@@ -6,7 +6,7 @@ import pytest
 
 from varscale.engine.rundir import read_metrics
 
-pytestmark = [pytest.mark.slurm, pytest.mark.slow]
+pytestmark = pytest.mark.slurm
 
 
 @pytest.fixture
@@ -44,3 +44,22 @@ def test_srun(sbatch):
 
 def test_deepspeed(sbatch):
     assert "stopped by SIGUSR2" in sbatch("deepspeed.sbatch", "--export=ALL,RANKS=2", "--cpus-per-task=2")
+
+
+def test_requeues_are_capped(cluster, repository, tmp_path):
+    """Where one rank fails every time, and another, left hanging, says 75, which is what srun returns."""
+    program = tmp_path / "varscale" / "train.py"
+    program.parent.mkdir()
+    program.write_text("import os, sys; sys.exit(1 if os.environ.get('SLURM_PROCID') == '1' else 75)")
+    allowed = {"srun.sbatch": 1, "deepspeed.sbatch": 0}
+    jobs = {}
+    for script, count in allowed.items():
+        options = ["--time=10", "--ntasks=2", f"--export=ALL,MAX_RESTARTS={count},RANKS=1"]
+        options += [f"--chdir={tmp_path}", f"--output={tmp_path / script}"]
+        jobs[script] = cluster.ask("sbatch", "--parsable", *options, repository / "slurm" / script).strip()
+    for script, job in jobs.items():
+        cluster.wait_for(lambda job=job: "JobState=FAILED" in cluster.ask("scontrol", "show", "job", job), 60)
+        said = cluster.ask("scontrol", "show", "job", job)
+        assert f"Restarts={allowed[script]} " in said
+        assert "ExitCode=75:0" in said
+        assert f"given up after {allowed[script]} restarts" in (tmp_path / script).read_text()

@@ -24,6 +24,7 @@ from varscale.engine.stopping import PREEMPTED
 from varscale.errors import UserError
 
 KILL_WAIT = 30  # seconds that ranks on this machine get to end after another one failed
+CONTROLLER_WAIT, CONTROLLER_PAUSE = 600.0, 5.0  # seconds for Slurm's controller to come back, and between two questions
 
 
 def run_task() -> None:
@@ -73,14 +74,32 @@ def end(status: int) -> int:
     _say(start, decision)
     if decision.goes_on:
         try:
-            if slurm.states(start.job)[start.job].state == "RUNNING":  # neither cancelled nor requeued already
-                slurm.requeue(start.job)
+            _requeue(start.job)
             return decision.code
         except UserError as error:
             decision = Decision(False, FAILED, f"cannot be requeued: {error}")
             _say(start, decision)
     start.end(decision)
     return decision.code
+
+
+def _requeue(job: str) -> None:
+    """Put a job of Slurm's back into the queue, unless it was cancelled or requeued already.
+
+    Slurm's controller may be away, to be restarted for instance. Raises UserError where it is for CONTROLLER_WAIT.
+    """
+    deadline = time.monotonic() + CONTROLLER_WAIT
+    while True:
+        try:
+            found = slurm.states(job).get(job)
+            if found is None or found.state == "RUNNING":
+                slurm.requeue(job)
+            return
+        except UserError as error:
+            if time.monotonic() > deadline:
+                raise
+            print(f"job {job}: cannot be requeued yet: {error}", flush=True)
+        time.sleep(CONTROLLER_PAUSE)
 
 
 def run_here(folder: str) -> None:

@@ -20,6 +20,7 @@ from varscale.engine.rundir import latest_checkpoint
 from varscale.engine.stopping import PREEMPTED
 from varscale.files import replace_text
 
+EPHEMERAL_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
 FAILED = 1
 CANCELLED = "cancelled"  # the reason of a job that its user ended
 
@@ -114,11 +115,16 @@ def free_port() -> int:
 
     It is probed anew for each start: one that follows from the job's number would meet its own predecessor's remains.
     """
-    first, last = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
-    while True:
-        port = random.randrange(10000, 65536)
-        if first <= port <= last:
-            continue
-        with suppress(OSError), socket.socket() as probe:
-            probe.bind(("", port))
-            return port
+    first, last = map(int, EPHEMERAL_PORTS.read_text().split())
+    outside = [port for port in range(10000, 65536) if not first <= port <= last]
+    for port in random.sample(outside, min(len(outside), 100)):
+        with suppress(OSError):
+            return _bind(port)
+    return _bind(0)  # some machines' range leaves no room: then any that is free
+
+
+def _bind(port: int) -> int:
+    """Bind a port, or with 0 any that is free, and let go of it again; returns its number, or raises OSError."""
+    with socket.socket() as probe:
+        probe.bind(("", port))
+        return probe.getsockname()[1]
