@@ -30,10 +30,7 @@ def make_run(run: Path, data: tuple[Path, str], *overrides: str, step: int = 7) 
         "digits-varcon",
         [f"output_dir={run}", f"data.dir={data[0]}", "data.image_size=16", "encoder.stem=cifar", *overrides],
     )
-    encoder = new_encoder(config)
-    with torch.no_grad():
-        for parameter in encoder.parameters():
-            parameter.add_(0.01)
+    encoder = new_encoder(config.model_copy(update={"seed": config.seed + 1}))
     write_manifest(config, {}, data[1], world_size=1, device="cpu")
     tensors = {f"encoder.{key}": tensor for key, tensor in encoder.state_dict().items()}
     write_checkpoint(run, step, {"model": tensors | {"head.weight": torch.zeros(3)}}, {}, keep=9)

@@ -37,7 +37,7 @@ def test_the_card_lies_beside_it_and_tells_how_to_load_it(tmp_path, data, capsys
         assert f"model card {out}.md" in capsys.readouterr().out
         card = (tmp_path / f"{names}.safetensors.md").read_text()
         assert line in card
-        assert f"load_file('{out.name}')" in card
+        assert f'load_file("{out.name}")' in card
         assert "model.conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False)" in card
 
 

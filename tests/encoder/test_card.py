@@ -46,7 +46,7 @@ def test_it_tells_data_training_preprocessing_and_licence(tmp_path, data):
     card = card_of(tmp_path / "run", data, config)
     assert card.startswith(f"# {config.name}\n")
     use = section(card, "Use")
-    assert "varscale.load_encoder('e.safetensors')\nfeatures = encoder(encoder.preprocess(images))" in use
+    assert 'varscale.load_encoder("e.safetensors")\nfeatures = encoder(encoder.preprocess(images))' in use
     assert "import theirs" in use
     described = section(card, "Data")
     assert info.digest in described

@@ -26,7 +26,8 @@ def test_runs_checkpoints_and_files_give_the_same_features(tmp_path, data, encod
     loaded = varscale.load_encoder(str(tmp_path / "run"))
     expected = loaded(loaded.preprocess(IMAGES))
     assert expected.shape == (3, loaded.feature_dim)
-    torch.testing.assert_close(expected, network(loaded.preprocess(IMAGES)), rtol=0, atol=0)
+    # Not to the bit: without gradients torch takes a fused attention.
+    torch.testing.assert_close(expected, network(loaded.preprocess(IMAGES)).detach(), rtol=1e-4, atol=1e-5)
     for path in ("run/checkpoints/latest", "torchvision.safetensors", "timm.safetensors"):
         other = varscale.load_encoder(tmp_path / path)
         assert other.description == loaded.description

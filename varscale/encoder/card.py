@@ -54,7 +54,7 @@ def _use(file: str, code: str) -> str:
         lines = [
             "import varscale",
             "",
-            f"encoder = varscale.load_encoder({file!r})",
+            f"encoder = varscale.load_encoder({json.dumps(file)})",
             "features = encoder(encoder.preprocess(images))  # PIL images, uint8 arrays or tensors, or a list of them",
         ]
         ours = "\n".join(["```python", *lines, "```", "", ""])
@@ -65,7 +65,7 @@ def _preprocessing(description: Description) -> str:
     size, resized = description.image_size, round(description.image_size * 256 / 224)
     return "\n".join(
         [
-            f"1. Resize the shorter side to {resized} pixels, or to {size} where it is not longer than that "
+            f"1. Resize the shorter side to {resized} pixels, or to {size} where it has at most {size} "
             f"({description.interpolation}, antialiased).",
             f"2. Cut out the centre, {size} x {size} pixels.",
             "3. Red, green and blue on the scale from 0 to 1: subtract the mean "

@@ -1,5 +1,6 @@
 """What torchvision and timm call an encoder's parameters, and the lines of Python that make their model of it."""
 
+import json
 from collections.abc import Callable
 
 from varscale.encoder.description import Description
@@ -45,7 +46,7 @@ def loading_code(description: Description, names: str, file: str) -> str:
     if description.stem == "cifar":
         lines.append("model.conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False)  # the stem for small images")
         lines.append("model.maxpool = torch.nn.Identity()")
-    return "\n".join([*lines, f"model.load_state_dict(load_file({file!r}))", "model.eval()"])
+    return "\n".join([*lines, f"model.load_state_dict(load_file({json.dumps(file)}))", "model.eval()"])
 
 
 def _torchvision_code(description: Description) -> list[str]:

@@ -1,6 +1,7 @@
 """An encoder as an ONNX file, and how far onnxruntime's features are from torch's."""
 
 import importlib.util
+import json
 import warnings
 from pathlib import Path
 
@@ -78,7 +79,7 @@ def onnx_code(file: str) -> str:
         [
             "import onnxruntime",
             "",
-            f"session = onnxruntime.InferenceSession({file!r})",
+            f"session = onnxruntime.InferenceSession({json.dumps(file)})",
             f'(features,) = session.run(["{OUTPUT}"], {{"{INPUT}": images}})',
         ]
     )
