@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 Table = dict[str, list[float]]
 """For every corruption its accuracies in percent, from severity 1 to 5."""
 
+LINES = ("-", "--", ":")  # of ten corruptions each
 K, TEMPERATURE = 20, 0.07  # of kNN
 ALEXNET = "alexnet"
 # Errors of AlexNet on ImageNet-C, mean over severities: the published reference, of hendrycks/robustness on GitHub.
@@ -151,12 +152,14 @@ def draw(details: dict) -> "Figure":
     from varscale.evaluation.drawing import class_colours, new_figure
 
     figure, axes = new_figure(len(details["accuracy"]), height=5)
+    colours = class_colours(10)
     for axis, (classifier, table) in zip(axes, details["accuracy"].items(), strict=True):
         severities = [0, *details["severities"]]
         clean = details["clean"][classifier]
-        for (name, values), colour in zip(table.items(), class_colours(max(11, len(table))), strict=False):
+        for i, (name, values) in enumerate(table.items()):
+            style = {"color": colours[i % len(colours)], "linestyle": LINES[i // len(colours) % len(LINES)]}
             label = name.replace("_", " ") if axis is axes[0] else None
-            axis.plot(severities, [clean, *values], color=colour, linewidth=1.2, label=label)
+            axis.plot(severities, [clean, *values], linewidth=1.2, label=label, **style)
         mean = np.mean(list(table.values()), axis=0)
         axis.plot(severities, [clean, *mean], "ko-", linewidth=2.5, label="mean" if axis is axes[0] else None)
         axis.set(title=f"{classifier} classifier", xlabel="severity (0: clean)", ylabel="top-1 (%)", xticks=severities)
