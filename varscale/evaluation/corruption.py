@@ -2,11 +2,11 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 import torch
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt
 from tqdm import tqdm
 
 from varscale.config import Section
@@ -41,7 +41,7 @@ class Settings(Section):
     such as RUN/evaluation/CHECKPOINT.json. reference_model: in that file."""
 
     dir: Path | None = None
-    names: tuple[str, ...] = COMMON
+    names: Annotated[tuple[str, ...], Field(min_length=1)] = COMMON
     samples: PositiveInt = 1_000
     reference: str | None = None
     reference_model: str = "trained"
@@ -74,6 +74,7 @@ def run(context: Context, settings: Settings) -> Result:
     else:
         source = open_folder(settings.dir, images, settings.samples)
         clean, origin = context.val, str(settings.dir)
+    references = {name: _reference(settings, name, source.names) for name in ("linear", "knn")}
     layer, described = chosen_layer(context)
 
     def accuracies(samples: Features) -> dict[str, float]:
@@ -96,7 +97,7 @@ def run(context: Context, settings: Settings) -> Result:
         table = tables[classifier]
         metrics[f"clean_{classifier}"] = value
         metrics[f"corrupted_{classifier}"] = float(np.mean(list(table.values())))
-        errors, *notes = _reference(settings, classifier, source.names)
+        errors, *notes = references[classifier]
         metrics[f"mce_{classifier}"] = mean_corruption_error(table, errors)
     described = settings.model_dump(mode="json") | {"origin": origin, "linear": described, "knn": {"k": K}}
     described["samples_used"] = len(source.labels(source.names[0], 1))
