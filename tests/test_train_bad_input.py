@@ -95,6 +95,13 @@ def with_counts(data, count):
     path.write_text(json.dumps(info))
 
 
+def test_help_names_every_objective(capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert ", ".join(OBJECTIVES) in said
+
+
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_only_supervised_objectives_refuse_data_without_labels(refused, data, capsys, objective):
     write_beton(data / "train.beton", with_labels=False)
