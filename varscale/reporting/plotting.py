@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 # Of middle lightness, with a contrast of 3 to white and to black at least, and told apart by colour-blind people.
 COLOURS = ("#2a7fd4", "#dd6a10", "#1f9a73", "#cc4b8b", "#8f6fd6", "#a08000", "#1098a8", "#d04a3c")
 GREYS = ("#8a8a8a", "#6f7f8f", "#8f7f6f", "#7f8f6f")
+LEGEND_ROW = 0.17  # inches
 INK = "#010203"  # stands for the colour of the page's text
-NAME_LENGTH = 30
+NAME_LENGTH = 44
 STYLE = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "varscale",  # the same picture gives the same bytes
@@ -56,7 +57,9 @@ def legend(axis: "Axes", handles: "Sequence[Artist]", names: Sequence[str]) -> N
         # A label that begins with an underscore would be left out.
         labels = [f" {name}" if len(name) <= NAME_LENGTH else f" …{name[1 - NAME_LENGTH :]}" for name in names]
         columns = 2 if max(map(len, labels)) < 22 else 1
-        axis.figure.legend(handles, labels, loc="outside lower center", ncols=columns)
+        figure = axis.figure
+        figure.set_figheight(figure.get_figheight() + LEGEND_ROW * -(-len(labels) // columns))
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns)
 
 
 def _png(figure: "Figure") -> bytes:

@@ -1,4 +1,4 @@
-"""Accuracies that others published, to stand beside ours: those that the recipes' headers name, with their source."""
+"""Accuracies that others published, to stand beside ours, each with its source; recipes' headers name the same."""
 
 from typing import NamedTuple
 

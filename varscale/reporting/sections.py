@@ -54,13 +54,11 @@ def _overview(runs: Sequence[Run]) -> Section:
 
 def _results(runs: Sequence[Run], columns: Sequence[Subject]) -> Section:
     blocks: list[Block] = []
-    if table := tables.metrics(runs, columns):
+    if table := tables.metrics(columns):
         told = "All that was measured on each run's newest measured checkpoint; ± is half the width of a 95 % interval."
-        if table.columns[-1].kind == "published":
-            told += (
-                " Rows that begin with “published” are others' numbers, not measured here; beside them stands our "
-                "linear accuracy, whatever the encoder and the number of epochs."
-            )
+        blocks += [Paragraph(told), table]
+    if table := tables.published(runs, columns):
+        told = "Published by others, not measured here. Beside it our linear accuracy, whatever its encoder and epochs."
         blocks += [Paragraph(told), table]
     if pictures := measured.comparisons(columns):
         blocks.append(Gallery(pictures))

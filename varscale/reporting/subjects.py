@@ -65,7 +65,7 @@ def subjects(runs: Sequence[Run]) -> list[Subject]:
 
 def _baselines(run: Run, records: list[dict]) -> Iterator[tuple[str, list[dict]]]:
     """By a name that is the same where the baseline is: the pixels do not depend on the encoder or the seed."""
-    size = f"{run.config['data']['image_size']} pixels"
+    size = "{0}x{0}".format(run.config["data"]["image_size"])
     names = {PIXELS: f"raw pixels, {size}", UNTRAINED: f"untrained {run.encoder}, {size}, seed {run.config['seed']}"}
     for model in sorted({one["model"] for one in records} - {TRAINED}):
         own = [one for one in records if one["model"] == model]

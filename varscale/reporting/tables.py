@@ -44,30 +44,45 @@ def _plain(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def metrics(runs: Sequence[Run], subjects: Sequence[Subject]) -> Table | None:
-    """Every metric of every subject; the last rows are what others published on the same data set."""
-    published = list(dict.fromkeys(one for run in runs for one in published_on(run.config)))
-    if not subjects and not published:
+def metrics(subjects: Sequence[Subject]) -> Table | None:
+    """Every metric of every subject."""
+    if not subjects:
         return None
     values = [subject.metrics() for subject in subjects]
-    places = data_names(record for subject in subjects for record in subject.records)
-    columns = [Column("metric", LABEL)]
-    columns += [Column(one.name, "baseline" if one.is_baseline else "run") for one in subjects]
-    columns += [Column("published", "published")] if published else []
+    names = data_names(record for subject in subjects for record in subject.records)
+    heads = [Column(one.name, "baseline" if one.is_baseline else "run") for one in subjects]
     rows = []
     for key in sorted(dict.fromkeys(key for one in values for key in one), key=lambda key: key[0] not in FIRST):
         evaluator, name, unit, data = key
         if name.endswith(INTERVAL):
             continue
         interval = evaluator, f"{name}{INTERVAL}", unit, data
-        label = " ".join([evaluator, name, *([f"({unit})"] if unit else []), *([places[data]] if places[data] else [])])
         cells = [with_interval(shown(one.get(key), unit), shown(one.get(interval), unit)) for one in values]
-        rows.append((label, *cells, *([""] if published else [])))
-    for one in published:
-        label = f"published: {one.objective}, {one.encoder}, {one.protocol} top-1 (%), {one.source}"
-        counterparts = [_linear(subject) if "linear" in one.protocol else "" for subject in subjects]
-        rows.append((label, *counterparts, shown(one.top1)))
-    return Table(columns, rows)
+        rows.append((metric_label(key, names), *cells))
+    return Table((Column("metric", LABEL), *heads), rows)
+
+
+def metric_label(key: tuple[str, str, str, str], names: dict[str, str]) -> str:
+    """Evaluator, metric, unit and data set, these where there is something to tell."""
+    evaluator, name, unit, data = key
+    return " ".join([evaluator, name, *([f"({unit})"] if unit else []), *([names[data]] if names[data] else [])])
+
+
+def published(runs: Sequence[Run], subjects: Sequence[Subject]) -> Table | None:
+    """What others published on the data sets of the runs, and our linear accuracy beside it."""
+    found = list(dict.fromkeys(one for run in runs for one in published_on(run.config)))
+    own = [one for one in subjects if not one.is_baseline]
+    columns = (Column("published elsewhere", LABEL), Column("published top-1 (%)", "published"))
+    columns += tuple(Column(f"ours, linear: {one.name}") for one in own)
+    rows = [
+        (
+            f"{one.objective}, {one.encoder}, {one.data}, {one.protocol} ({one.source})",
+            shown(one.top1),
+            *(_linear(subject) if "linear" in one.protocol else "" for subject in own),
+        )
+        for one in found
+    ]
+    return Table(columns, rows) if rows else None
 
 
 def with_interval(value: str, half_width: str) -> str:
@@ -103,11 +118,8 @@ def over_checkpoints(run: Run) -> Table | None:
             columns.append(Column(f"step {evaluation.step}" + ("" if model == TRAINED else f", {model}"), kind))
             found.append(Subject("", model != TRAINED, "", own).metrics())
     rows = [
-        (
-            " ".join([evaluator, name, *([f"({unit})"] if unit else []), *([places[data]] if places[data] else [])]),
-            *(shown(one.get((evaluator, name, unit, data)), unit) for one in found),
-        )
-        for evaluator, name, unit, data in dict.fromkeys(key for one in found for key in one)
+        (metric_label(key, places), *(shown(one.get(key), key[2]) for one in found))
+        for key in dict.fromkeys(key for one in found for key in one)
     ]
     return Table(columns, rows)
 
