@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -75,7 +76,7 @@ def curves(runs: Sequence[Run]) -> list[Picture]:
     for curve in CURVES:
         having = [(i, run) for i, run in enumerate(runs) if any(curve.value(x) is not None for x in _lines(run, curve))]
         if having:
-            found.append(picture(curve.name, curve.title, lambda axis: _draw(axis, curve, having, position)))  # noqa: B023
+            found.append(picture(curve.name, curve.title, partial(_draw, curve=curve, runs=having, position=position)))
     return found
 
 
@@ -119,7 +120,7 @@ def histograms(runs: Sequence[Run]) -> list[Picture]:
         if lines:
             title = f"{run.name}: distribution of tau2 by epoch"
             name = f"tau2-histogram-{number + 1}"
-            found.append(picture(name, title, lambda axis: _draw_histogram(axis, run, lines), width=4.6))  # noqa: B023
+            found.append(picture(name, title, partial(_draw_histogram, run=run, lines=lines), width=4.6))
     return found
 
 

@@ -1,6 +1,7 @@
 """Pictures of what was measured: runs over each other where an evaluator's details allow it, else its own pictures."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,19 +24,16 @@ def comparisons(subjects: Sequence[Subject]) -> list[Picture]:
     for ending, title in (("pct", "a share of the labels"), ("shot", "so many labels a class")):
         if any(name.endswith(ending) for _, record in few for name in record["details"]):
             name, heading = f"few-shot-{ending}", f"few-shot top-1 (%), {title}: mean and 95 % interval"
-            found.append(picture(name, heading, lambda axis: _draw_few_shot(axis, few, ending)))  # noqa: B023
+            found.append(picture(name, heading, partial(_draw_few_shot, few=few, ending=ending)))
     corrupted = [(one, record["details"]) for one in subjects if (record := one.record("corruption"))]
     for classifier in dict.fromkeys(name for _, details in corrupted for name in details["accuracy"]):
-        name, heading = (
-            f"corruption-{classifier}",
-            f"top-1 (%) by severity of corruption, {classifier} classifier: mean",
-        )
-        found.append(picture(name, heading, lambda axis: _draw_corruption(axis, corrupted, classifier)))  # noqa: B023
+        name, heading = f"corruption-{classifier}", f"{classifier}: mean top-1 (%) by severity of corruption"
+        found.append(picture(name, heading, partial(_draw_corruption, corrupted=corrupted, classifier=classifier)))
     calibrated = [(one, record["details"]) for one in subjects if (record := one.record("calibration"))]
     for key, title in (("reliability", "fixed"), ("reliability_adaptive", "confidence-adaptive")):
         if calibrated:
             name, heading = key.replace("_", "-"), f"reliability of p(r|z) at {title} temperature"
-            found.append(picture(name, heading, lambda axis: _draw_reliability(axis, calibrated, key)))  # noqa: B023
+            found.append(picture(name, heading, partial(_draw_reliability, calibrated=calibrated, key=key)))
     return found
 
 
@@ -96,13 +94,11 @@ def embeddings(run: Run, number: int) -> list[Picture]:
             title = f"{'t-SNE' if method == 'tsne' else method.upper()}, step {evaluation.step}"
             name = f"{method}-{number + 1}-step-{evaluation.step}"
             points = np.array(plane)
-            found.append(
-                picture(name, title, lambda axis: _scatter(axis, points, colours), width=2.4, height=2.4)  # noqa: B023
-            )
+            found.append(picture(name, title, partial(_scatter, points=points, colours=colours), width=2.4, height=2.4))
     found.sort(key=lambda one: one.name.partition("-")[0] != "tsne")  # stable: steps stay in order
     if 0 < len(classes) <= 20:
         name = f"classes-{number + 1}"
-        found.append(picture(name, "classes", lambda axis: _class_legend(axis, classes), width=2.4, height=2.4))
+        found.append(picture(name, "classes", partial(_class_legend, classes=classes), width=2.4, height=2.4))
     return found
 
 

@@ -1,7 +1,7 @@
 """What the directories of runs hold, read without torch; what is missing or damaged is noted, not refused."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,7 +47,7 @@ class Run:
     starts: list[dict]
     lines: list[dict]
     evaluations: list[Evaluation]
-    missing: list[str] = field(default_factory=list)
+    missing: list[str]
 
     @property
     def objective(self) -> str:
