@@ -139,7 +139,9 @@ def by_epoch(lines: Sequence[dict]) -> tuple[np.ndarray, np.ndarray]:
 def _draw_histogram(axis: "Axes", run: Run, lines: Sequence[dict]) -> None:
     epochs, shares = by_epoch(lines)
     tau1, epsilon = run.config["objective"]["temperature"], run.config["objective"]["epsilon"]
-    low, high, label = (tau1 - epsilon, tau1 + epsilon, "tau2") if epsilon else (0.0, 1.0, "confidence p(r|z)")
+    low, high, label = tau1 - epsilon, tau1 + epsilon, "tau2, from confidence 0 to 1"
+    if not epsilon:
+        low, high, label = 0.0, 1.0, "confidence p(r|z)"
     image = np.full((shares.shape[1], epochs[-1]), np.nan)
     image[:, epochs - 1] = shares.T
     extent = (0.5, epochs[-1] + 0.5, low, high)

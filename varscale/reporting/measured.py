@@ -14,7 +14,7 @@ from varscale.reporting.subjects import Subject
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-REDRAWN = ("embedding_plot",)  # evaluators whose own pictures say nothing more
+REDRAWN = ("embedding_plot", "few_shot")  # evaluators whose own pictures say nothing more
 
 
 def comparisons(subjects: Sequence[Subject]) -> list[Picture]:
