@@ -169,6 +169,11 @@ def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["knn", "knn=3"], "evaluators: knn is a section, not a value; set one of knn.k, knn.temperature"),
         (["knn", "linear.lr=1"], "override 'linear.lr=1': linear is not among the evaluators asked for"),
         (["few_shot", "few_shot.percent=[0]"], "evaluators: few_shot.percent.0 is 0"),
+        (
+            ["few_shot", "few_shot.percent=[]", "few_shot.shots=[]"],
+            "few_shot.percent and few_shot.shots are both empty",
+        ),
+        (["corruption", "corruption.names=[]"], "evaluators: corruption.names is []"),
         (["clustering", "clustering.layer=head"], "clustering.layer is 'head'; choose from features, embeddings"),
         (["clustering", "clustering.sample=9"], "unknown key 'clustering.sample'; nearest: clustering.samples"),
         (["calibration", "calibration.bins=1"], "evaluators: calibration.bins is 1"),
@@ -254,18 +259,18 @@ def test_a_damaged_file_of_results(run, capsys):
 
 def test_pictures_and_details_lie_beside_the_results(run, data, tmp_path):
     names = ["few_shot", "clustering", "calibration", "dispersion", "embedding_plot", "alignment_uniformity"]
-    arguments = ["--checkpoint", str(run), *names, "few_shot.seeds=2", "embedding_plot.methods=[pca]", "--baselines"]
+    arguments = ["--checkpoint", str(run), *names, "few_shot.seeds=2", "embedding_plot.methods=[pca]"]
     assert main(arguments) == 0
+    assert main(["--checkpoint", str(run), "dispersion", "calibration", "--baselines"]) == 0
     found = results(run)
-    for model in ("trained", "untrained", "pixels"):
-        for name in names:
-            record = found[model, name]
-            assert record["metrics"].keys() == record["units"].keys()
-            assert set(record["units"].values()) <= {"%", ""}
-            suffix = "" if model == "trained" else f"-{model}"
-            expected = None if name == "alignment_uniformity" else f"step-00000042/{name}{suffix}.png"
-            assert record["picture"] == expected
-            assert expected is None or (run / "evaluation" / expected).read_bytes()[:4] == b"\x89PNG"
+    assert {model for model, name in found if name == "calibration"} == {"trained", "untrained", "pixels"}
+    for (model, name), record in found.items():
+        assert record["metrics"].keys() == record["units"].keys()
+        assert set(record["units"].values()) <= {"%", ""}
+        suffix = "" if model == "trained" else f"-{model}"
+        expected = None if name == "alignment_uniformity" else f"step-00000042/{name}{suffix}.png"
+        assert record["picture"] == expected
+        assert expected is None or (run / "evaluation" / expected).read_bytes()[:4] == b"\x89PNG"
     assert found["trained", "calibration"]["units"] == {
         "top1": "%",
         "nll": "",
@@ -332,7 +337,7 @@ def test_help_imports_neither_scikit_learn_nor_matplotlib(repository):
     check = (
         "import sys\nfrom varscale.evaluate import parse\n"
         "try:\n    parse(['--help'])\nexcept SystemExit:\n    pass\n"
-        "print('loaded:', sorted({'sklearn', 'matplotlib', 'scipy', 'imagecorruptions', 'umap'} & set(sys.modules)))\n"
+        "print('loaded:', sorted({'sklearn', 'matplotlib', 'imagecorruptions', 'umap'} & set(sys.modules)))\n"
     )
     done = subprocess.run([sys.executable, "-c", check], cwd=repository, capture_output=True, text=True, timeout=100)
     assert "loaded: []" in done.stdout, done.stdout + done.stderr

@@ -24,7 +24,7 @@ from varscale.evaluate import main
 from varscale.evaluation.features import extract_features
 from varscale.evaluation.knn import knn_accuracy
 from varscale.export import load_encoder, new_encoder
-from varscale.models.networks import build_varcon_network
+from varscale.models.heads import ProjectionHead
 
 TRAIN, VAL = 61, 31  # nothing divides them
 
@@ -64,8 +64,9 @@ def run_and_data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     overrides = [f"output_dir={folder / 'run'}", f"data.dir={folder / 'data'}", "data.image_size=8"]
     config = load_config("digits-varcon", overrides)
     write_manifest(config, {}, info.digest, world_size=1, device="cpu")
-    network = build_varcon_network(new_encoder(config))
-    write_checkpoint(folder / "run", 1, {"model": network.state_dict()}, {}, keep=1)
+    parts = {"encoder": new_encoder(config), "head": ProjectionHead(512)}
+    tensors = {f"{part}.{key}": value for part, module in parts.items() for key, value in module.state_dict().items()}
+    write_checkpoint(folder / "run", 1, {"model": tensors}, {}, keep=1)
     (folder / "corrupted").mkdir()
     noisy = np.concatenate([arrays["x_test"] // (severity + 1) for severity in range(1, 6)])
     np.save(folder / "corrupted" / "contrast.npy", noisy)

@@ -47,6 +47,13 @@ def test_vssls_mean(inputs, predictor, normalise):
     assert not any(parameter.requires_grad for parameter in head.parameters())
 
 
+def test_a_projection_of_another_hidden_width(inputs):
+    layers = nn.Sequential(nn.Linear(6, 11), nn.ReLU(), nn.Linear(11, 3))
+    head = embedding_head({f"head.{key}": tensor for key, tensor in layers.state_dict().items()}, 6)
+    features = torch.randn(5, 6)
+    torch.testing.assert_close(head(features), F.normalize(layers(features)))
+
+
 def test_a_projector_without_a_gaussian_is_the_embedding_itself(inputs):
     network = build_vssl_network(
         Encoder(), latent_dim=5, projector_hidden=7, predictor_hidden=8, sync_batch_norm=False

@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -82,7 +83,8 @@ class FeatureCache:
         except (OSError, SafetensorError) as error:
             self.say(f"{path} cannot be written ({error}); the features are not kept")
         finally:
-            aside.unlink(missing_ok=True)
+            with suppress(OSError):
+                aside.unlink(missing_ok=True)
 
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:

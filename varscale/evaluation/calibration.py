@@ -91,18 +91,16 @@ def draw(details: dict) -> "Figure":
     titles = {"reliability": "fixed temperature", "reliability_adaptive": "confidence-adaptive temperature"}
     for axis, (key, title) in zip(axes, titles.items(), strict=True):
         rows = [row for row in details[key] if row["count"]]
-        width = 1 / details["bins"]
-        axis.bar([row["low"] for row in rows], [row["accuracy"] for row in rows], width, align="edge", color=BLUE)
-        axis.plot([row["confidence"] for row in rows], [row["accuracy"] for row in rows], "o", color=ORANGE)
-        axis.plot([0, 1], [0, 1], "--", color=GREY, label="perfectly calibrated")
-        axis.set(title=title, xlabel="confidence", xlim=(0, 1), ylim=(0, 1))
-        shares = axis.twinx()
-        total = sum(row["count"] for row in rows)
-        places = [(row["low"] + row["high"]) / 2 for row in rows]
-        shares.plot(places, [row["count"] / total for row in rows], "-", color="black", linewidth=0.8)
-        shares.set(ylim=(0, 1), ylabel="share of samples (line)")
-    axes[0].set_ylabel("accuracy (bars; dots at the mean confidence)")
-    axes[0].legend(loc="upper left")
+        total, width = sum(row["count"] for row in rows), 1 / details["bins"]
+        low, accuracy, confidence = ([row[name] for row in rows] for name in ("low", "accuracy", "confidence"))
+        axis.bar(low, accuracy, width, align="edge", color=BLUE, alpha=0.5, edgecolor="white", label="accuracy")
+        axis.plot([0, 1], [0, 1], "--", color=GREY, label="as sure as right")
+        axis.plot(confidence, accuracy, "o", color=ORANGE, label="at the mean confidence")
+        shares = [row["count"] / total for row in details[key]]
+        axis.stairs(shares, [*(row["low"] for row in details[key]), 1], color="black", label="share of images")
+        axis.set(title=title, xlabel="confidence of the likeliest class", xlim=(0, 1), ylim=(0, 1.02))
+    axes[0].set_ylabel("accuracy; share of images")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     figure.suptitle("Calibration of p(r|z) on validation images")
     return figure
 

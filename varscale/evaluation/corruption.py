@@ -2,11 +2,11 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 import torch
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt
 from tqdm import tqdm
 
 from varscale.config import Section
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 Table = dict[str, list[float]]
 """For every corruption its accuracies in percent, from severity 1 to 5."""
 
+LINES = ("-", "--", ":")  # of ten corruptions each
 K, TEMPERATURE = 20, 0.07  # of kNN
 ALEXNET = "alexnet"
 # Errors of AlexNet on ImageNet-C, mean over severities: the published reference, of hendrycks/robustness on GitHub.
@@ -40,7 +41,7 @@ class Settings(Section):
     such as RUN/evaluation/CHECKPOINT.json. reference_model: in that file."""
 
     dir: Path | None = None
-    names: tuple[str, ...] = COMMON
+    names: Annotated[tuple[str, ...], Field(min_length=1)] = COMMON
     samples: PositiveInt = 1_000
     reference: str | None = None
     reference_model: str = "trained"
@@ -73,6 +74,7 @@ def run(context: Context, settings: Settings) -> Result:
     else:
         source = open_folder(settings.dir, images, settings.samples)
         clean, origin = context.val, str(settings.dir)
+    references = {name: _reference(settings, name, source.names) for name in ("linear", "knn")}
     layer, described = chosen_layer(context)
 
     def accuracies(samples: Features) -> dict[str, float]:
@@ -95,7 +97,7 @@ def run(context: Context, settings: Settings) -> Result:
         table = tables[classifier]
         metrics[f"clean_{classifier}"] = value
         metrics[f"corrupted_{classifier}"] = float(np.mean(list(table.values())))
-        errors, *notes = _reference(settings, classifier, source.names)
+        errors, *notes = references[classifier]
         metrics[f"mce_{classifier}"] = mean_corruption_error(table, errors)
     described = settings.model_dump(mode="json") | {"origin": origin, "linear": described, "knn": {"k": K}}
     described["samples_used"] = len(source.labels(source.names[0], 1))
@@ -151,12 +153,14 @@ def draw(details: dict) -> "Figure":
     from varscale.evaluation.drawing import class_colours, new_figure
 
     figure, axes = new_figure(len(details["accuracy"]), height=5)
+    colours = class_colours(10)
     for axis, (classifier, table) in zip(axes, details["accuracy"].items(), strict=True):
         severities = [0, *details["severities"]]
         clean = details["clean"][classifier]
-        for (name, values), colour in zip(table.items(), class_colours(max(11, len(table))), strict=False):
+        for i, (name, values) in enumerate(table.items()):
+            style = {"color": colours[i % len(colours)], "linestyle": LINES[i // len(colours) % len(LINES)]}
             label = name.replace("_", " ") if axis is axes[0] else None
-            axis.plot(severities, [clean, *values], color=colour, linewidth=1.2, label=label)
+            axis.plot(severities, [clean, *values], linewidth=1.2, label=label, **style)
         mean = np.mean(list(table.values()), axis=0)
         axis.plot(severities, [clean, *mean], "ko-", linewidth=2.5, label="mean" if axis is axes[0] else None)
         axis.set(title=f"{classifier} classifier", xlabel="severity (0: clean)", ylabel="top-1 (%)", xticks=severities)

@@ -13,7 +13,7 @@ from varscale.evaluation.context import NUMBER, Context, Layer, Result
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-HISTOGRAM_BINS = 50
+HISTOGRAM_BINS = 100
 
 
 class Settings(Section):
@@ -89,11 +89,18 @@ def draw(details: dict) -> "Figure":
 
     figure, (axis,) = new_figure()
     shown = (("own", BLUE, "to the own class's centroid"), ("other", ORANGE, "to the nearest other centroid"))
+    lowest = 1.0
     for key, colour, label in shown:
         shares = [count / max(1, sum(details[key]["counts"])) for count in details[key]["counts"]]
+        lowest = min([lowest, *(edge for edge, share in zip(details[key]["edges"], shares, strict=False) if share)])
         axis.stairs(shares, details[key]["edges"], fill=True, color=colour, alpha=0.6, label=label)
-    axis.set(xlabel="cosine", ylabel="share of validation images", title="Likeness to class centroids")
-    axis.legend()
+    axis.set(
+        xlim=(lowest - 0.04, 1.02),
+        xlabel="cosine",
+        ylabel="share of validation images",
+        title="Likeness to class centroids",
+    )
+    axis.legend(loc="upper left")
     return figure
 
 

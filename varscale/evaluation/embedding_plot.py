@@ -97,7 +97,8 @@ def draw(details: dict) -> "Figure":
     size = max(2, min(14, 9000 / len(labels)))
     for axis, (method, plane) in zip(axes, details["coordinates"].items(), strict=True):
         axis.scatter(*np.array(plane).T, c=colours[labels], s=size, linewidths=0)
-        axis.set(title=TITLES[method], xticks=[], yticks=[], aspect="equal")
+        axis.set(title=TITLES[method], xticks=[], yticks=[])
+        axis.set_aspect("equal", adjustable="datalim")
     if len(classes) <= MOST_LEGEND_ENTRIES:
         for name, colour in zip(classes, colours, strict=True):
             axes[-1].plot([], [], "o", color=colour, label=name)

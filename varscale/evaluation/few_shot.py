@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple, Self
 
 import numpy as np
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 from tqdm import tqdm
 
@@ -29,6 +29,12 @@ class Settings(Section):
     shots: tuple[PositiveInt, ...] = (1, 5, 10)
     seeds: PositiveInt = 5
     c: PositiveFloat = 10.0
+
+    @model_validator(mode="after")
+    def _something_to_measure(self) -> Self:
+        if not self.percent and not self.shots:
+            raise ValueError("few_shot.percent and few_shot.shots are both empty: nothing would be measured")
+        return self
 
 
 class Estimate(NamedTuple):

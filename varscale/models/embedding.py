@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from varscale.models.heads import ProjectionHead, batch_normalised_mlp
+from varscale.models.heads import batch_normalised_mlp
 
 
 class Embedding(nn.Module):
@@ -40,7 +40,9 @@ def embedding_head(network: Mapping[str, Tensor], feature_dim: int) -> nn.Module
 
 def _parts(network: Mapping[str, Tensor], feature_dim: int) -> dict[str, nn.Module]:
     if "head.2.weight" in network:
-        return {"head": ProjectionHead(feature_dim, len(network["head.2.weight"]))}
+        embedding_dim, hidden_dim = network["head.2.weight"].shape
+        layers = (nn.Linear(feature_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, embedding_dim))
+        return {"head": nn.Sequential(*layers)}
     names = [name for name in ("projector", "predictor") if f"{name}.3.weight" in network]
     if "projector" not in names:
         return {}
