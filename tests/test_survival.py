@@ -65,8 +65,14 @@ def assert_same_tensors(first, second):
             assert torch.equal(ours[name], theirs[name]), f"{path.name}: {name}"
 
 
+BASELINES = [("digits-supcon", 2, 2), ("digits-simclr", 0, 2), ("digits-byol", 0, 1), ("digits-mocov3", 3, 2)]
+BASELINES += [("digits-cross_entropy", 0, 1)]
+
+
 @pytest.mark.parametrize(
-    ("recipe", "zero", "ranks"), [("digits-varcon", 0, 1), ("digits-vssl", 2, 2), ("digits-varcon", 3, 2)]
+    ("recipe", "zero", "ranks"),
+    [("digits-varcon", 0, 1), ("digits-vssl", 2, 2), ("digits-varcon", 3, 2)]
+    + [pytest.param(*case, marks=pytest.mark.slow) for case in BASELINES],
 )
 def test_torture(digits, recipe, zero, ranks):
     """ResNets: batch norm's statistics, too, must come back."""

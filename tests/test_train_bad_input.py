@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 from varscale import train
+from varscale.config import OBJECTIVES, load_config, resolve_batch
+from varscale.engine.launch import check_training_data
 
 FAST = ["online_knn.every_epochs=0"]
 
@@ -89,11 +91,25 @@ def with_counts(data, count):
     path.write_text(json.dumps(info))
 
 
-def test_no_labels_for_varcon(refused, data, capsys):
+def test_help_names_every_objective(capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert ", ".join(OBJECTIVES) in said
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_only_supervised_objectives_refuse_data_without_labels(refused, data, capsys, objective):
     write_beton(data / "train.beton", with_labels=False)
     with_counts(data, 40)
     capsys.readouterr()
-    assert "objectives that need none: vssl" in refused(f"data.dir={data}")
+    overrides = [f"data.dir={data}", "batch.global_batch_size=40"]
+    if objective in ("varcon", "supcon", "cross_entropy"):
+        complaint = refused(*overrides, recipe=f"digits-{objective}")
+        assert "objectives that need none: vssl, simclr, byol, mocov3" in complaint
+    else:
+        config = load_config(f"digits-{objective}", overrides)
+        assert not check_training_data(config, resolve_batch(config.batch, 1)).labelled
 
 
 def test_labels_outside_the_classes(refused, data, capsys):

@@ -220,6 +220,14 @@ def test_multi_crop(train, recipe):
     assert len(losses(train(recipe, f"multi-crop-{recipe}", *local))) == STEPS
 
 
+def test_a_classifier_learns_from_single_views(train):
+    run = train("digits-cross_entropy", "classifier", "online_knn.every_epochs=2")
+    lines = metrics(run)
+    assert all(0 <= line["top1"] <= 100 for line in lines)
+    assert lines[-1]["top1"] > lines[0]["top1"]
+    assert final_tensors(run)["head.weight"].shape == (10, 512)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(launch, small_run, runs):
     run = runs / "nonfinite"
     done = launch(

@@ -55,11 +55,12 @@ class Machine(NamedTuple):
         return sum(flops.values()) / (1e12 * self.tflops * self.utilisation)
 
 
+OTHERS = ("parameters", "teacher", "gradient norm", "LARS norms")
 COLUMNS: dict[str, Callable[[str], bool]] = {
     "batch norm": lambda purpose: "batch norm" in purpose,
-    "classes": lambda purpose: "class" in purpose,
+    "loss": lambda purpose: "batch norm" not in purpose and purpose not in ("gradients", *OTHERS),
     "gradients": lambda purpose: purpose == "gradients",
-    "other messages": lambda purpose: purpose in ("parameters", "teacher", "gradient norm", "LARS norms"),
+    "other messages": lambda purpose: purpose in OTHERS,
 }
 
 

@@ -41,3 +41,23 @@ def test_the_parts_of_a_step():
     _, sizes, learner, found = flops("digits-vssl", "batch.gradient_accumulation_steps=2")
     assert found.keys() == {"student", "teacher"}
     assert found["teacher"] == 2 * sizes.micro_batch_size * 2 * forward_flops(learner.teacher.network, 32)
+
+
+@pytest.mark.parametrize("objective", ["supcon", "simclr", "mocov3"])
+def test_a_rank_has_its_share_of_all_pairs(objective):
+    overrides = ["batch.gradient_accumulation_steps=2", "data.local_views=1", "data.local_size=8", "encoder.stem=cifar"]
+    _, _, learner, found = flops(f"digits-{objective}", *overrides, world_size=4)
+    assert found["first pass"] < found["student"]
+    if objective == "mocov3":
+        # Each of 3 views of an image against the others among the 2 large ones: 4 ordered pairs; 2 products each.
+        assert found["key logits"] == 4 * 2 * 2 * (64 // 4) * 64 * 128
+        assert found["teacher"] == 2 * (64 // 4) * forward_flops(learner.teacher.network, 32)
+    else:
+        assert found["pair logits"] == 3 * 2 * (3 * 64 // 4) * (3 * 64) * 128
+
+
+def test_plain_means_add_nothing():
+    assert flops("digits-byol", "batch.gradient_accumulation_steps=2")[3].keys() == {"student", "teacher"}
+    _, _, learner, found = flops("digits-cross_entropy", classes=7)
+    assert found.keys() == {"student"}
+    assert learner.network.head.out_features == 7

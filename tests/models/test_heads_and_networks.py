@@ -6,7 +6,7 @@ from torch import nn
 
 from varscale.models.encoders import build_encoder
 from varscale.models.heads import GaussianHead, ProjectionHead, batch_normalised_mlp
-from varscale.models.networks import build_embedding_network, build_student_network
+from varscale.models.networks import build_classifier, build_embedding_network, build_student_network
 from varscale.models.norm import SyncBatchNorm
 
 
@@ -106,6 +106,30 @@ def test_vssl_network(images: torch.Tensor, predictor: bool) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         mean, logvar = network(images)
     assert mean.dtype == logvar.dtype == torch.float32
+
+
+def test_student_without_a_gaussian_head_gives_latents_in_float32(images: torch.Tensor) -> None:
+    encoder = build_encoder("resnet18", stem="cifar", image_size=32)
+    sizes = {"latent_dim": 12, "projector_hidden": 24, "predictor_hidden": 20}
+    network = build_student_network(encoder, **sizes, normalise_latents=True, normalise_predictions=False).eval()
+    assert network.gaussian is None
+    assert [type(layer) for layer in network.predictor] == [nn.Linear, SyncBatchNorm, nn.ReLU, nn.Linear]
+    assert type(network.projector[-1]) is SyncBatchNorm
+    expected = network.predictor(network.projector(network.encoder(images)))
+    torch.testing.assert_close(network(images), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert network(images).dtype == torch.float32
+
+
+def test_classifier_is_one_linear_layer(images: torch.Tensor) -> None:
+    network = build_classifier(build_encoder("resnet18", stem="cifar", image_size=32), 7).eval()
+    assert type(network.head) is nn.Linear
+    torch.testing.assert_close(network(images), network.head(network.encoder(images)))
+    assert network(images).shape == (6, 7)
+
+
+def test_projection_head_of_another_width() -> None:
+    assert [tuple(p.shape) for p in ProjectionHead(20, 8, 30).parameters()] == [(30, 20), (30,), (8, 30), (8,)]
 
 
 def test_defaults_are_byols_widths() -> None:

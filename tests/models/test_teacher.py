@@ -48,6 +48,17 @@ def test_starts_as_the_student_without_predictor(student: StudentNetwork, images
     torch.testing.assert_close(logvar, student.gaussian.logvar(latents).detach())
 
 
+def test_a_student_without_gaussian_head_has_a_teacher_without(images: torch.Tensor) -> None:
+    student = build_student_network(TinyEncoder(), latent_dim=4, projector_hidden=8, predictor_hidden=8)
+    teacher = MomentumTeacher(student)
+    assert teacher.network.gaussian is None
+    torch.testing.assert_close(teacher(images), student.projector(student.encoder(images)).detach())
+    with torch.no_grad():
+        student.projector[0].weight.add_(1.0)
+    teacher.update(student, 0.0)
+    assert torch.equal(teacher.network.projector[0].weight, student.projector[0].weight)
+
+
 def test_forward_has_no_gradient_and_leaves_running_statistics(student: StudentNetwork, images: torch.Tensor) -> None:
     teacher = MomentumTeacher(student)
     before = deepcopy(teacher.state_dict())

@@ -6,11 +6,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from largest_tensor import LargestTensor
+from pytorch_metric_learning import losses
 
 from varscale.objectives.blocks import LOGITS_PER_BLOCK
 from varscale.objectives.supcon import supcon_loss
-
-losses = pytest.importorskip("pytorch_metric_learning.losses", reason="pip install pytorch-metric-learning")
 
 
 def random_batch(samples, width, classes, seed=0, dtype=torch.float64):
@@ -56,7 +55,9 @@ def test_nt_xent_equals_pytorch_metric_learning(temperature):
 
 
 def test_nt_xent_equals_lightly():
-    lightly = pytest.importorskip("lightly.loss", reason="pip install --no-deps lightly lightning-utilities")
+    lightly = pytest.importorskip(
+        "lightly.loss", reason="its dependencies are many; pip install --no-deps lightly==1.6.0"
+    )
     x, _ = random_batch(40, 16, 5)
     z = F.normalize(2 * x)
     theirs = lightly.NTXentLoss(temperature=0.2)(*z.chunk(2))

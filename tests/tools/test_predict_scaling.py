@@ -23,7 +23,7 @@ def test_the_time_of_a_message_by_hand(predict):
     )
 
 
-@pytest.mark.parametrize("recipe", ["digits-varcon", "digits-vssl"])
+@pytest.mark.parametrize("recipe", ["digits-varcon", "digits-vssl", "digits-supcon", "digits-mocov3"])
 @pytest.mark.parametrize("zero", ["zero0", "zero1", "zero2", "zero3"])
 def test_every_message_has_a_column_and_the_columns_add_up(predict, monkeypatch, capsys, recipe, zero):
     command = ["predict_scaling.py", "--config", recipe, "--classes", "10", "--world-sizes", "2", "16"]

@@ -97,7 +97,7 @@ def step_traffic(config: Config, sizes: BatchSizes, deepspeed: dict, learner: Le
     first_passes = micro if learner.needs_first_pass(micro) else 0
     groups = _parameter_groups(config, learner)
     messages = [
-        *_parameter_messages(stage, micro, first_passes, len(groups), learner, deepspeed),
+        *_parameter_messages(stage, micro, first_passes, groups, sizes.world_size, learner, deepspeed),
         *_batch_norm_messages(micro, first_passes, learner, len(config.data.views_by_size)),
     ]
     if stage:
@@ -110,7 +110,13 @@ def step_traffic(config: Config, sizes: BatchSizes, deepspeed: dict, learner: Le
 
 
 def _parameter_messages(
-    stage: int, micro: int, first_passes: int, groups: int, learner: Learner, deepspeed: dict
+    stage: int,
+    micro: int,
+    first_passes: int,
+    groups: Sequence[dict],
+    world_size: int,
+    learner: Learner,
+    deepspeed: dict,
 ) -> list[Message]:
     """Gradients, and parameters where they are partitioned."""
     trained = [p for p in learner.network.parameters() if p.requires_grad]
@@ -132,7 +138,9 @@ def _parameter_messages(
     reductions = micro if stage == 2 else 1
     messages = [Message("gradients", "all_reduce", reductions * whole, reductions * buckets)]
     if stage:
-        messages.append(Message("parameters", "all_gather_into_tensor", whole, groups))
+        # A group is padded so that every rank's share begins at an even element.
+        padded = sum(_size(group["params"]) + -_size(group["params"]) % (4 * 2 * world_size) for group in groups)
+        messages.append(Message("parameters", "all_gather_into_tensor", padded, len(groups)))
     return messages
 
 
