@@ -13,10 +13,10 @@ from accelerate.state import AcceleratorState
 from varscale.config import load_config
 from varscale.data.conversion import convert
 from varscale.data.sources import open_source
+from varscale.encoder.runs import new_encoder
 from varscale.engine.checkpoints import write_checkpoint
 from varscale.engine.manifest import write_manifest
 from varscale.evaluate import main
-from varscale.export import new_encoder
 
 TRAIN, VAL, CLASSES = 60, 30, 4
 

@@ -27,6 +27,8 @@ def test_the_header_says_how_to_prepare_images(tmp_path, data):
     expected = {"name": "resnet18", "stem": "cifar", "image_size": "16", "feature_dim": "512", "step": "42"}
     assert {key: header[key] for key in expected} == expected
     assert header["data_digest"] == data[1]
+    (tmp_path / "ordinary").touch()
+    assert (tmp_path / "e.safetensors").stat().st_mode == (tmp_path / "ordinary").stat().st_mode  # others may read it
 
 
 def test_the_card_lies_beside_it_and_tells_how_to_load_it(tmp_path, data, capsys):

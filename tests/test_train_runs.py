@@ -9,6 +9,7 @@ import textwrap
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -106,6 +107,10 @@ def test_a_run_leaves_what_a_person_looks_for(varcon_alone):
         assert line["loss"] == pytest.approx(line["kl"] + line["nll"], abs=1e-5)
         assert 0.08 <= line["tau2"] <= 0.12
         assert line["classes_present"] == 10
+        assert sum(line["tau2_histogram"]) == 128
+        centres = np.linspace(0.08, 0.12, len(line["tau2_histogram"]) * 2 + 1)[1::2]
+        half_a_bin = 0.02 / len(centres)
+        assert np.average(centres, weights=line["tau2_histogram"]) == pytest.approx(line["tau2"], abs=half_a_bin)
     assert lines[-1]["loss"] < lines[0]["loss"]
     assert [line["epoch"] for line in metrics(varcon_alone, "knn")] == [1, 2]
 

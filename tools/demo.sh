@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # From nothing to two measured encoders: sets up, converts the digits, trains with VarCon and with VSSL, evaluates both
-# beside honest baselines, and prints one table. Minutes on two cores; run it again and it goes on where it stands.
+# beside honest baselines, prints one table and writes a report. Minutes on two cores; run it again and it goes on where
+# it stands.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -30,4 +31,4 @@ python -m varscale.evaluate --checkpoint runs/demo/varcon --data data/digits knn
 python -m varscale.evaluate --checkpoint runs/demo/vssl --data data/digits knn linear_cached >/dev/null
 
 step "result"
-python tools/summary.py runs/demo/varcon runs/demo/vssl
+python -m varscale.report runs/demo/varcon runs/demo/vssl --out runs/demo/report

@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from varscale.config import Config, Section, parse_section
 from varscale.data.dataset import DatasetInfo, read_dataset_info
 from varscale.data.geometry import CropSpec
+from varscale.encoder.runs import new_encoder, trained_encoder, training_data
 from varscale.engine.checkpoints import read_part
 from varscale.engine.launch import report_user_error
 from varscale.engine.rundir import find_checkpoint, run_config
@@ -38,7 +39,6 @@ from varscale.evaluation.context import Context, Place
 from varscale.evaluation.features import Encode
 from varscale.evaluation.images import Images, check_labelled
 from varscale.evaluation.results import Report
-from varscale.export import load_encoder, new_encoder, training_data
 from varscale.models.embedding import embedding_head
 
 PIXEL_SIDE = 32
@@ -140,7 +140,7 @@ def evaluate(options: argparse.Namespace) -> list[dict]:
     folder = run / "evaluation"
     cache = FeatureCache(folder / "features", rank=place.rank, device=place.device, gather=place.gather)
     other_data = info.digest != trained_on.digest
-    encoder, _, step = load_encoder(checkpoint, accelerator.device)
+    encoder, _, step = trained_encoder(checkpoint, accelerator.device)
     report = Report(folder / f"{checkpoint.name}.json", step, directory, info, other_data=other_data)
     surroundings = {"precision": options.precision, "world_size": place.world_size}
     for model in models(encoder, checkpoint, config, accelerator, options.baselines):

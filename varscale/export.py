@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 
 from varscale import __version__
@@ -21,14 +21,10 @@ from varscale.encoder.card import model_card
 from varscale.encoder.description import Description
 from varscale.encoder.names import NAMES, loading_code
 from varscale.encoder.onnx import OPSET, TOLERANCE, check_installed, onnx_code, onnx_difference, write_onnx
-from varscale.encoder.runs import new_encoder, trained_encoder, training_data
+from varscale.encoder.runs import trained_encoder, training_data
 from varscale.engine.launch import report_user_error
 from varscale.engine.rundir import find_checkpoint
 from varscale.errors import UserError
-
-__all__ = ["export_encoder", "load_encoder", "main", "new_encoder", "training_data"]
-
-load_encoder = trained_encoder  # the name by which varscale.evaluate imports it
 
 SUFFIXES = (".safetensors", ".onnx")
 
@@ -73,7 +69,7 @@ def export_encoder(
             code = loading_code(description, names, out.name)
             metadata |= {"format": "pt", "names": names, "load": code}
             tensors = {NAMES[names](key): tensor.contiguous() for key, tensor in encoder.state_dict().items()}
-            save_file(tensors, aside[out], metadata)
+            aside[out].write_bytes(save(tensors, metadata))  # save_file's would be its owner's alone to read
         text = model_card(run, checkpoint, description, info, file=out.name, code=code)
         aside[card].write_text(text, encoding="utf-8")
         for path, written in aside.items():

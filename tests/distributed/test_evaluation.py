@@ -18,12 +18,12 @@ from varscale.data.conversion import convert
 from varscale.data.geometry import CropSpec
 from varscale.data.loader import ViewLoader
 from varscale.data.sources import open_source
+from varscale.encoder.runs import new_encoder, trained_encoder
 from varscale.engine.checkpoints import write_checkpoint
 from varscale.engine.manifest import write_manifest
 from varscale.evaluate import main
 from varscale.evaluation.features import extract_features
 from varscale.evaluation.knn import knn_accuracy
-from varscale.export import load_encoder, new_encoder
 from varscale.models.heads import ProjectionHead
 
 TRAIN, VAL = 61, 31  # nothing divides them
@@ -31,7 +31,7 @@ TRAIN, VAL = 61, 31  # nothing divides them
 
 def measure(run: Path, data: Path, rank: int, world_size: int) -> dict:
     """What a training program does: features from the network as it stands, without accelerate."""
-    encoder, _, _ = load_encoder(run)
+    encoder, _, _ = trained_encoder(run)
     where = {"rank": rank, "world_size": world_size, "device": torch.device("cpu")}
     normalise = Augmentation("none", 1, 8, (0.5,) * 3, (0.2,) * 3, seed=0)
     found = {}

@@ -2,12 +2,14 @@
 
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from varscale.config import OBJECTIVES, load_config
 from varscale.engine.learners import BUILDERS, MicroBatch, build_learner
+from varscale.engine.learners.varcon import TAU2_BINS, confidence_histogram
 from varscale.models.heads import ProjectionHead
 from varscale.models.norm import SyncBatchNorm
 from varscale.objectives.byol import byol_loss
@@ -41,7 +43,8 @@ def gradient(learner, micro_batches):
         loss, terms = learner.loss(learner.network, batch)
         (loss / len(micro_batches)).backward()
         for name, value in terms.items():
-            means[name] = means.get(name, 0.0) + value.detach() / len(micro_batches)
+            share = 1 if name.endswith("_histogram") else len(micro_batches)
+            means[name] = means.get(name, 0.0) + value.detach() / share
     return {n: p.grad.clone() for n, p in learner.network.named_parameters()}, learner.derive(means)
 
 
@@ -54,6 +57,7 @@ def test_exact_centroids_make_micro_batches_one_batch_and_micro_ones_do_not():
     scale = max(g.abs().max() for g in expected.values())
     assert max((found[n] - expected[n]).abs().max() for n in expected) < 1e-5 * scale
     assert max((cheap[n] - expected[n]).abs().max() for n in expected) > 1e-2 * scale
+    assert found_terms.pop("tau2_histogram") == terms.pop("tau2_histogram")
     assert found_terms == pytest.approx(terms, rel=1e-5)
 
 
@@ -74,6 +78,17 @@ def test_the_shown_temperature_is_mean_and_deviation_over_samples():
     _, terms = varcon_loss(learner.network(*whole.views), whole.labels.repeat(2), 5)
     assert shown["tau2"] == pytest.approx(terms["tau2"].mean().item(), rel=1e-6)
     assert shown["tau2_std"] == pytest.approx(terms["tau2"].std(correction=0).item(), rel=1e-3)
+    counts, _ = np.histogram(terms["tau2"], TAU2_BINS, (0.08, 0.12))
+    assert shown["tau2_histogram"] == counts.tolist()
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 0.05])
+def test_the_ends_of_the_histogram_are_certainty(epsilon):
+    counts = confidence_histogram(torch.tensor([0.0, 1e-6, 0.5, 1.0, 1.0]))
+    assert (counts[0], counts[TAU2_BINS // 2], counts[-1], counts.sum()) == (2, 1, 2, 5)
+    _, whole = batches(1)
+    _, shown = gradient(learner_for("digits-varcon", *VIT, f"objective.epsilon={epsilon}"), [whole])
+    assert sum(shown["tau2_histogram"]) == 16
 
 
 @pytest.mark.parametrize("objective", ["supcon", "simclr", "byol", "mocov3", "cross_entropy"])

@@ -16,7 +16,8 @@ def group_of_one(tmp_path):
 
 def terms(value):
     x = torch.tensor(value)
-    return [{"loss": x / 3, "x_min": x, "x_max": x, "bad_sample_count": x, "direction": torch.stack([x, 2 * x])}]
+    scalars = {"loss": x / 3, "x_min": x, "x_max": x, "bad_sample_count": x}
+    return [scalars | {"direction": torch.stack([x, 2 * x]), "tau2_histogram": torch.tensor([3, int(value)])}]
 
 
 def test_a_restored_meter_reads_the_same():
@@ -47,9 +48,11 @@ def test_on_another_number_of_ranks_the_reading_is_the_same(world_size):
     for rank, (total, least, count) in enumerate([(6.0, -1.0, 3.0), (2.0, -5.0, 0.0)]):
         saved |= {f"{rank}//sums//loss": torch.tensor(total), f"{rank}//extremes//x_min": torch.tensor(least)}
         saved |= {f"{rank}//counts//bad_sample_count": torch.tensor(count)}
+        saved |= {f"{rank}//counts//tau2_histogram": torch.tensor([1.0, count])}
     meters = [Meter() for _ in range(world_size)]
     for rank, meter in enumerate(meters):
         meter.restore(saved, rank, world_size, torch.device("cpu"))
     assert sum(float(meter.sums["loss"]) / meter.steps for meter in meters) / world_size == pytest.approx(2.0)
     assert sum(float(meter.counts["bad_sample_count"]) for meter in meters) == 3.0
+    assert sum(meter.counts["tau2_histogram"] for meter in meters).tolist() == [2.0, 3.0]
     assert max(float(meter.extremes["x_min"]) for meter in meters) == -1.0

@@ -35,7 +35,7 @@ def test_results_are_those_of_the_newest_checkpoint_and_all_are_found_oldest_fir
         read_results(run)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"results": [{"metrics": 3}]}', '{"results": 3}'])
+@pytest.mark.parametrize("text", ["{", "[]", '{"results": [3]}', '{"results": [{"metrics": 3}]}', '{"results": 3}'])
 def test_a_damaged_file_of_results_is_named(run, text):
     measure(run, 7, 90.0).write_text(text)
     with pytest.raises(UserError, match=r"step-00000007.json: not a file of results"):

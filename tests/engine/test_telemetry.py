@@ -57,6 +57,14 @@ def test_the_meter_adds_up_counts():
     assert meter.read() == {"bad_sample_count": 0.0}
 
 
+def test_the_meter_adds_up_histograms_over_micro_batches_and_steps():
+    meter = Meter()
+    for counts in ([[4, 0, 1], [0, 5, 0]], [[2, 2, 1], [0, 0, 5]]):
+        meter.add([{"x_histogram": torch.tensor(part)} for part in counts])
+    assert meter.read()["x_histogram"].tolist() == [6.0, 7.0, 7.0]
+    assert meter.read() == {}
+
+
 def test_the_meter_takes_extremes_and_the_last_step_of_vectors():
     meter = Meter()
     for values in ([1.0, 4.0], [-2.0, 3.0]):
@@ -80,6 +88,7 @@ def test_what_is_recorded_can_be_read_and_a_collapse_is_said_once_an_epoch(tmp_p
     assert [line.split(":")[1].strip() for line in said] == ["step 2", "step 4"]
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [line["step"] for line in lines if line["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
+    assert [line["epoch"] for line in lines if line["kind"] == "train"] == pytest.approx([s / 3 for s in range(1, 7)])
     assert lines[0]["spread"] == pytest.approx(1.0)
     assert {"direction", "direction_square"}.isdisjoint(lines[0])
     assert list((tmp_path / "run" / "tensorboard").glob("events.*"))

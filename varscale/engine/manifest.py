@@ -53,7 +53,7 @@ def refuse_another_run(manifest: dict, config: Config, data_digest: str, place: 
     """Raise UserError when the run of `manifest` was made with other settings or data than those now given."""
     if manifest["data_digest"] != data_digest:
         raise UserError(f"{place}: was trained on other data (digest {manifest['data_digest']}, now {data_digest})")
-    then, now = _flat(manifest["config"]), _flat(config.model_dump(mode="json"))
+    then, now = flatten(manifest["config"]), flatten(config.model_dump(mode="json"))
     differing = [k for k in sorted(then.keys() | now.keys()) if then.get(k) != now.get(k)]
     refused = [k for k in differing if k.partition(".")[0] not in FREE and k not in FREE_KEYS]
     if refused:
@@ -63,10 +63,11 @@ def refuse_another_run(manifest: dict, config: Config, data_digest: str, place: 
         raise UserError(f"{place}: belongs to a run of another configuration: {change}{more}")
 
 
-def _flat(values: dict, prefix: str = "") -> dict[str, object]:
+def flatten(values: dict, prefix: str = "") -> dict[str, object]:
+    """Nested sections as one level: {"data": {"dir": x}} -> {"data.dir": x}."""
     flat: dict[str, object] = {}
     for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
 
 

@@ -16,8 +16,9 @@ class Meter:
     """What the terms of steps come to over micro-batches, steps and ranks; kept on their device until it is read.
 
     Scalars are averaged over all steps since the last reading; those whose name ends in _min or _max are the least or
-    greatest, those in _count the sum. Vectors and matrices are averaged over the last step alone: what is derived from
-    them, like a variance from means, must belong to one state of the network.
+    greatest, those in _count the sum, and so are vectors of counts, whose name ends in _histogram. Other vectors and
+    matrices are averaged over the last step alone: what is derived from them, like a variance from means, must belong
+    to one state of the network.
     """
 
     def __init__(self) -> None:
@@ -38,8 +39,8 @@ class Meter:
             if name.endswith(("_min", "_max")):
                 extreme = (values * _sign(name)).max()
                 self.extremes[name] = extreme.maximum(self.extremes.get(name, extreme))
-            elif name.endswith("_count"):
-                self.counts[name] = self.counts.get(name, 0.0) + values.sum()
+            elif name.endswith(("_count", "_histogram")):
+                self.counts[name] = self.counts.get(name, 0.0) + values.sum(dim=0)
             elif values.ndim > 1:
                 self.latest[name] = values.mean(dim=0)
             else:

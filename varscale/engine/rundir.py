@@ -124,9 +124,12 @@ def read_evaluation(path: Path) -> dict:
     """
     try:
         content = json.loads(path.read_text())
-        if all(isinstance(record["metrics"], dict) for record in content["results"]):
+        if all(
+            {"model", "evaluator"} <= record.keys() and isinstance(record["metrics"], dict)
+            for record in content["results"]
+        ):
             return content
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         pass
     raise UserError(f"{path}: not a file of results; move it away and measure again")
 

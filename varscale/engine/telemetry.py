@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from varscale.config import Config
 from varscale.engine.distributed import Ranks
-from varscale.engine.learners import Learner
+from varscale.engine.learners import Learner, Shown
 from varscale.engine.manifest import write_manifest
 from varscale.engine.meter import Meter
 from varscale.engine.metrics import MetricsFile
@@ -81,12 +81,13 @@ class Telemetry:
         is_due = state.step % self.config.logging.every_steps == 0 or state.step == self.total_steps
         if is_due and self.meter.steps:
             values = learner.derive(self.meter.read())
-            values |= {"lr": lr, "gradient_norm": gradient_norm, "images_per_second": self._rate()}
+            values |= {"epoch": state.step / self.steps_per_epoch, "lr": lr, "gradient_norm": gradient_norm}
+            values["images_per_second"] = self._rate()
             self.record("train", values)
             self._warn_once_an_epoch(learner.warning(values), state.step)
 
-    def record(self, kind: str, values: dict[str, float]) -> None:
-        """Write one line of metrics.jsonl, show it and pass it to the trackers."""
+    def record(self, kind: str, values: Shown) -> None:
+        """Write one line of metrics.jsonl, show it and pass it to the trackers, those values that are numbers."""
         if not self.first:
             return
         step = self.state.step
@@ -97,9 +98,10 @@ class Telemetry:
             self.bar.set_postfix(shown, refresh=False)
         else:
             self.say("  ".join([kind, f"step {step}", *(f"{name} {value:g}" for name, value in values.items())]))
+        numbers = {f"{kind}/{name}": value for name, value in values.items() if not isinstance(value, list)}
         for tracker in list(self.trackers):
             try:
-                tracker.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
+                tracker.log(numbers, step=step)
             except OSError as error:  # the disk is full
                 self.trackers.remove(tracker)
                 self.warn(f"{tracker.name} cannot be written ({error}) and is left out from now on")

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from varscale.config import Config
-from varscale.engine.learners.base import Forward, Learner, MicroBatch, Terms
+from varscale.engine.learners.base import Forward, Learner, MicroBatch, Shown, Terms
 from varscale.engine.learners.byol import build_byol
 from varscale.engine.learners.classifier import build_cross_entropy
 from varscale.engine.learners.mocov3 import build_mocov3
@@ -15,7 +15,7 @@ from varscale.engine.learners.varcon import VarConLearner, build_varcon
 from varscale.engine.learners.vssl import build_vssl
 from varscale.models.encoders import build_encoder
 
-__all__ = ["Forward", "Learner", "MicroBatch", "Terms", "VarConLearner", "build_learner"]
+__all__ = ["Forward", "Learner", "MicroBatch", "Shown", "Terms", "VarConLearner", "build_learner"]
 
 # By objective.name: (encoder, configuration, classes of the data set, optimizer steps of the run) -> learner.
 BUILDERS: dict[str, Callable[[nn.Module, Config, int, int], Learner]] = {

@@ -10,6 +10,7 @@ from varscale.engine.messages import Message
 
 Forward = Callable[..., object]
 Terms = dict[str, Tensor]
+Shown = dict[str, float | list[float]]
 
 
 class MicroBatch(NamedTuple):
@@ -49,11 +50,11 @@ class Learner(Protocol):
     def after_step(self, step: int) -> None:
         """Follow the parameters after optimizer step number `step` (counted from 1)."""
 
-    def derive(self, means: Terms) -> dict[str, float]:
-        """What is shown, from the averages over micro-batches, steps and ranks of what `loss` gave."""
-        return {name: mean.item() for name, mean in means.items()}
+    def derive(self, means: Terms) -> Shown:
+        """What is shown, from what the meter made of the terms that `loss` gave over micro-batches, steps and ranks."""
+        return {name: mean.tolist() for name, mean in means.items()}
 
-    def warning(self, shown: dict[str, float]) -> str | None:
+    def warning(self, shown: Shown) -> str | None:
         """What a person should be told about these values, if anything."""
         return None
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from varscale.config import Config
-from varscale.engine.learners.base import Forward, Learner, MicroBatch, Terms
+from varscale.engine.learners.base import Forward, Learner, MicroBatch, Shown, Terms
 from varscale.engine.schedules import teacher_momentum
 from varscale.engine.zero import drop_whole_copies, local_part
 from varscale.models.networks import StudentNetwork
@@ -52,12 +52,12 @@ class TeacherStudentLearner(Learner):
         drop_whole_copies(self.teacher)
         self.teacher.update(self.network, momentum, part=local_part)
 
-    def derive(self, means: Terms) -> dict[str, float]:
+    def derive(self, means: Terms) -> Shown:
         others = dict(means)
         others["spread"] = spread(others.pop("direction"), others.pop("direction_square"))
         return super().derive(others)
 
-    def warning(self, shown: dict[str, float]) -> str | None:
+    def warning(self, shown: Shown) -> str | None:
         if shown["spread"] >= COLLAPSED:
             return None
         return (

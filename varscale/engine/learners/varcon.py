@@ -6,12 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from varscale.config import BatchSizes, Config, VarConConfig
-from varscale.engine.learners.base import Forward, Learner, MicroBatch, Terms
+from varscale.engine.learners.base import Forward, Learner, MicroBatch, Shown, Terms
 from varscale.engine.messages import Message
 from varscale.models.networks import build_embedding_network
 from varscale.models.norm import frozen_running_statistics
 from varscale.objectives.centroids import MAX_DENSE_CLASSES, local_statistics
 from varscale.objectives.varcon import varcon_loss, varcon_loss_from_statistics
+
+TAU2_BINS = 40
 
 
 def build_varcon(encoder: nn.Module, config: Config, num_classes: int, total_steps: int) -> Learner:
@@ -63,10 +65,11 @@ class VarConLearner(Learner):
             "confidence": terms["confidence"].mean(),
             "tau2_offset": offset.mean(),
             "tau2_offset_square": offset.square().mean(),
+            "tau2_histogram": confidence_histogram(terms["confidence"]),
             "classes_present": terms["classes_present"],
         }
 
-    def derive(self, means: Terms) -> dict[str, float]:
+    def derive(self, means: Terms) -> Shown:
         shown = super().derive(means)
         offset, square = shown.pop("tau2_offset"), shown.pop("tau2_offset_square")
         variance = max(0.0, square - offset * offset)
@@ -92,3 +95,13 @@ class VarConLearner(Learner):
         rows = sizes.micro_batch_size * sizes.gradient_accumulation_steps * views
         classes = min(self.num_classes, sizes.global_batch_size)
         return {"class logits": 4 * rows * classes * self.objective.embedding_dim}
+
+
+def confidence_histogram(confidence: Tensor) -> Tensor:
+    """How many samples of `confidence: (N,)` lie in each of `TAU2_BINS` bins from 0 to 1, which are at once the bins of
+    tau2 = (tau1 - epsilon) + 2 epsilon p from tau1 - epsilon to tau1 + epsilon: (TAU2_BINS,) int64.
+
+    By comparison, for `bincount` waits for the device and `histc` adds up in no fixed order there.
+    """
+    bins = (confidence * TAU2_BINS).long().clamp(0, TAU2_BINS - 1)
+    return (bins[:, None] == torch.arange(TAU2_BINS, device=bins.device)).sum(dim=0)

@@ -1,0 +1,114 @@
+"""What the directories of runs hold, read without torch; what is missing or damaged is noted, not refused."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from varscale.engine.rundir import (
+    check_exists,
+    checkpoint_name,
+    evaluation_files,
+    latest_checkpoint,
+    read_evaluation,
+    read_manifest,
+    read_sound_metrics,
+)
+from varscale.errors import UserError
+
+TRAINED, UNTRAINED, PIXELS = "trained", "untrained", "pixels"  # of evaluate.py
+
+
+class Evaluation(NamedTuple):
+    """What was measured on one checkpoint."""
+
+    step: int
+    records: list[dict]
+
+    def of(self, evaluator: str, model: str = TRAINED) -> dict | None:
+        """The newest record of an evaluator."""
+        found = [one for one in self.records if (one["evaluator"], one["model"]) == (evaluator, model)]
+        return found[-1] if found else None
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run.
+
+    Attributes:
+        name: the end of its path that tells it from the others.
+        config, starts: of its manifest. lines: of metrics.jsonl. evaluations: the oldest checkpoint's first.
+        missing: what a reader would look for in vain.
+    """
+
+    path: Path
+    name: str
+    config: dict
+    starts: list[dict]
+    lines: list[dict]
+    evaluations: list[Evaluation]
+    missing: list[str]
+
+    @property
+    def objective(self) -> str:
+        return self.config["objective"]["name"]
+
+    @property
+    def encoder(self) -> str:
+        return self.config["encoder"]["name"]
+
+    def series(self, kind: str) -> list[dict]:
+        """The lines of metrics.jsonl of this kind."""
+        return [line for line in self.lines if line["kind"] == kind]
+
+
+def read_runs(paths: Sequence[Path]) -> list[Run]:
+    """Read runs, each once. Raises UserError for one that is not there or has no sound manifest."""
+    paths = list({path.resolve(): path for path in paths}.values())
+    for path in paths:
+        check_exists(path)
+    return [_read_run(path, name) for path, name in zip(paths, _names(paths), strict=True)]
+
+
+def _read_run(path: Path, name: str) -> Run:
+    manifest = read_manifest(path)
+    try:
+        config, starts = manifest["config"], manifest["starts"]
+        _ = config["objective"]["name"], config["encoder"]["name"], config["data"]["dir"]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path / 'manifest.json'}: not a manifest of a run (no {error})") from None
+    lines, damaged = read_sound_metrics(path / "metrics.jsonl")
+    missing = []
+    if not lines:
+        missing.append("no metrics were recorded (metrics.jsonl): there are no curves")
+    if damaged:
+        some = ", ".join(map(str, damaged[:5])) + (" ..." if len(damaged) > 5 else "")
+        missing.append(f"metrics.jsonl: {len(damaged)} damaged line(s) were left out (number {some})")
+    evaluations = []
+    for file in evaluation_files(path):
+        try:
+            content = read_evaluation(file)
+            evaluations.append(Evaluation(int(file.stem.rpartition("-")[2]), content["results"]))
+        except UserError as error:
+            missing.append(str(error))
+    missing += _not_measured(path, evaluations)
+    return Run(path, name, config, starts, lines, evaluations, missing)
+
+
+def _not_measured(path: Path, evaluations: list[Evaluation]) -> list[str]:
+    newest = latest_checkpoint(path)
+    command = f"python -m varscale.evaluate --checkpoint {path} knn linear_cached --baselines"
+    if not evaluations:
+        return [f"nothing was measured on it yet: {command}"]
+    if newest and newest.name != checkpoint_name(evaluations[-1].step):
+        return [f"measured at step {evaluations[-1].step}, not yet at its newest checkpoint, {newest.name}: {command}"]
+    return []
+
+
+def _names(paths: list[Path]) -> list[str]:
+    """Of each path as much of its end as tells it from the others."""
+    parts = [path.resolve().parts for path in paths]
+    length = 1
+    while len({part[-length:] for part in parts}) < len(parts):
+        length += 1
+    return ["/".join(part[-length:]) for part in parts]

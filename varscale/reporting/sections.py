@@ -1,0 +1,135 @@
+"""The sections of a report, in the order in which they are read."""
+
+import shlex
+from collections.abc import Sequence
+
+from varscale.reporting import curves, measured, tables
+from varscale.reporting.content import (
+    Block,
+    Commands,
+    Fold,
+    Gallery,
+    Items,
+    Paragraph,
+    Report,
+    Section,
+)
+from varscale.reporting.runs import TRAINED, Run
+from varscale.reporting.subjects import Subject, subjects
+
+
+def build_report(runs: Sequence[Run], command: str) -> Report:
+    """The report of some runs; `command` makes it again."""
+    columns = subjects(runs)
+    sections = [
+        _overview(runs),
+        _results(runs, columns),
+        _training(runs),
+        _embeddings(runs),
+        _pictures(runs),
+        Section("Throughput", [Gallery(measured.throughput(runs)), tables.speed(runs)]),
+        _configuration(runs),
+        _notes(runs),
+        _reproduction(runs, command),
+    ]
+    title = " and ".join(run.name for run in runs) if len(runs) < 3 else f"{len(runs)} runs"
+    return Report(f"varscale: {title}", [section for section in sections if section.blocks])
+
+
+def _overview(runs: Sequence[Run]) -> Section:
+    told = []
+    for run in runs:
+        batch, epochs = run.config["batch"]["global_batch_size"], run.config["schedule"]["epochs"]
+        reached = run.evaluations[-1].step if run.evaluations else None
+        told.append(
+            f"{run.name}: {run.objective}, {run.encoder}, {run.config['data']['dir']}, {epochs} epochs, {batch} images "
+            "a step" + (f"; measured at step {reached}" if reached is not None else "")
+        )
+    missing = [f"{run.name}: {what}" for run in runs for what in run.missing]
+    blocks: list[Block] = [Items(told)]
+    if missing:
+        blocks += [Paragraph("What is missing:"), Items(missing)]
+    return Section("Runs", blocks)
+
+
+def _results(runs: Sequence[Run], columns: Sequence[Subject]) -> Section:
+    blocks: list[Block] = []
+    if table := tables.metrics(columns):
+        told = "All that was measured on each run's newest measured checkpoint; ± is half the width of a 95 % interval."
+        blocks += [Paragraph(told), table]
+    if table := tables.published(runs, columns):
+        told = "Published by others, not measured here. Beside it our linear accuracy, whatever its encoder and epochs."
+        blocks += [Paragraph(told), table]
+    if pictures := measured.comparisons(columns):
+        blocks.append(Gallery(pictures))
+    if table := tables.corruptions(columns):
+        blocks.append(Fold("By corruption: top-1 (%), mean over severities", [table]))
+    for run in runs:
+        if table := tables.over_checkpoints(run):
+            blocks.append(Fold(f"{run.name}: by checkpoint", [table]))
+    return Section("Results", blocks)
+
+
+def _training(runs: Sequence[Run]) -> Section:
+    pictures = curves.curves(runs) + curves.histograms(runs)
+    return Section("Training", [Gallery(pictures)] if pictures else [])
+
+
+def _embeddings(runs: Sequence[Run]) -> Section:
+    blocks: list[Block] = []
+    for number, run in enumerate(runs):
+        if pictures := measured.embeddings(run, number):
+            blocks += [Paragraph(run.name), Gallery(pictures, "small")]
+    if blocks:
+        blocks.insert(0, Paragraph("Validation embeddings. Every picture was made alone: axes and turns mean nothing."))
+    return Section("Embeddings", blocks)
+
+
+def _pictures(runs: Sequence[Run]) -> Section:
+    blocks: list[Block] = []
+    for number, run in enumerate(runs):
+        trained, baselines, missing = measured.stored(run, number)
+        if trained or baselines or missing:
+            blocks.append(Paragraph(run.name))
+        blocks += [Gallery(trained, "wide")] if trained else []
+        blocks += [Fold("Of the baselines", [Gallery(baselines, "wide")])] if baselines else []
+        blocks += [Items(missing)] if missing else []
+    return Section("Evaluators' pictures", blocks)
+
+
+def _configuration(runs: Sequence[Run]) -> Section:
+    differing, common = tables.configurations(runs)
+    if differing is None:
+        return Section("Configuration", [Fold("All keys", [common])])
+    return Section(
+        "Configuration", [Paragraph("What differs:"), differing, Fold("What is the same in all runs", [common])]
+    )
+
+
+def _notes(runs: Sequence[Run]) -> Section:
+    blocks: list[Block] = []
+    for run in runs:
+        records = run.evaluations[-1].records if run.evaluations else []
+        notes = [f"{one['model']}, {one['evaluator']}: {note}" for one in records for note in one.get("notes", ())]
+        table = tables.protocols(run)
+        if notes or table:
+            blocks.append(Paragraph(run.name))
+        blocks += [Items(notes)] if notes else []
+        blocks += [Fold("Settings of the evaluators", [table])] if table else []
+    return Section("How it was measured", blocks)
+
+
+def _reproduction(runs: Sequence[Run], command: str) -> Section:
+    lines = []
+    for run in runs:
+        start = run.starts[0] if run.starts else {}
+        lines.append(f"# {run.name}: {start.get('world_size', '?')} rank(s), revision {start.get('git_revision')}")
+        if start.get("command"):
+            lines.append(shlex.join(["deepspeed", *start["command"]]))
+        records = run.evaluations[-1].records if run.evaluations else []
+        names = list(dict.fromkeys(one["evaluator"] for one in records))
+        if names:
+            baselines = ["--baselines"] if any(one["model"] != TRAINED for one in records) else []
+            told = ["python", "-m", "varscale.evaluate", "--checkpoint", str(run.path), *names, *baselines]
+            lines.append(shlex.join(told))
+    return Section("How to make it again", [Commands("\n".join([*lines, "# this report", command]))])

@@ -1,0 +1,212 @@
+"""The tables of a report: configurations, metrics beside baselines and published numbers, speed and hardware."""
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import median
+
+from varscale.engine.manifest import flatten
+from varscale.reporting.content import Column, Table
+from varscale.reporting.published import published_on
+from varscale.reporting.runs import TRAINED, Run
+from varscale.reporting.subjects import Subject, data_of
+
+LABEL = "label"
+FIRST = ("knn", "linear", "linear_cached")  # of the evaluators
+INTERVAL = "_ci95"  # of a metric: half the width of the interval of the one without it
+
+
+def shown(value: float | None, unit: str = "%") -> str:
+    """A metric as text: percent to two digits, other numbers to four."""
+    if value is None or not math.isfinite(value):
+        return ""
+    return f"{value:.2f}" if unit == "%" else f"{value:.4f}"
+
+
+def configurations(runs: Sequence[Run]) -> tuple[Table | None, Table]:
+    """What differs between the runs' configurations (None for a single run), and what is the same in all."""
+    flat = [flatten(run.config) for run in runs]
+    keys = list(dict.fromkeys(key for one in flat for key in one))
+    same = [key for key in keys if all(key in one and one[key] == flat[0][key] for one in flat)]
+    common = Table(
+        (Column("key", LABEL), Column("all runs" if len(runs) > 1 else runs[0].name, LABEL)),
+        [(key, _plain(flat[0][key])) for key in same],
+    )
+    if len(runs) == 1:
+        return None, common
+    head = (Column("key", LABEL), *(Column(run.name, LABEL) for run in runs))
+    rows = [(key, *(_plain(one[key]) if key in one else "" for one in flat)) for key in keys if key not in same]
+    return Table(head, rows), common
+
+
+def _plain(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def metrics(subjects: Sequence[Subject]) -> Table | None:
+    """Every metric of every subject."""
+    if not subjects:
+        return None
+    values = [subject.metrics() for subject in subjects]
+    names = data_names(record for subject in subjects for record in subject.records)
+    heads = [Column(one.name, "baseline" if one.is_baseline else "run") for one in subjects]
+    rows = []
+    for key in sorted(dict.fromkeys(key for one in values for key in one), key=lambda key: key[0] not in FIRST):
+        evaluator, name, unit, data = key
+        if name.endswith(INTERVAL):
+            continue
+        interval = evaluator, f"{name}{INTERVAL}", unit, data
+        cells = [with_interval(shown(one.get(key), unit), shown(one.get(interval), unit)) for one in values]
+        rows.append((metric_label(key, names), *cells))
+    return Table((Column("metric", LABEL), *heads), rows)
+
+
+def metric_label(key: tuple[str, str, str, str], names: dict[str, str]) -> str:
+    """Evaluator, metric, unit and data set, these where there is something to tell."""
+    evaluator, name, unit, data = key
+    return " ".join([evaluator, name, *([f"({unit})"] if unit else []), *([names[data]] if names[data] else [])])
+
+
+def published(runs: Sequence[Run], subjects: Sequence[Subject]) -> Table | None:
+    """What others published on the data sets of the runs, and our linear accuracy beside it."""
+    found = list(dict.fromkeys(one for run in runs for one in published_on(run.config)))
+    own = [one for one in subjects if not one.is_baseline]
+    columns = (Column("published elsewhere", LABEL), Column("published top-1 (%)", "published"))
+    columns += tuple(Column(f"ours, linear: {one.name}") for one in own)
+    rows = [
+        (
+            f"{one.objective}, {one.encoder}, {one.data}, {one.protocol} ({one.source})",
+            shown(one.top1),
+            *(_linear(subject) if "linear" in one.protocol else "" for subject in own),
+        )
+        for one in found
+    ]
+    return Table(columns, rows) if rows else None
+
+
+def with_interval(value: str, half_width: str) -> str:
+    """A mean with half the width of its interval, where it has one."""
+    return f"{value} ± {half_width}" if half_width else value
+
+
+def _linear(subject: Subject) -> str:
+    """Of ours, what stands beside a published linear accuracy."""
+    record = subject.record("linear") or subject.record("linear_cached")
+    return shown(record["metrics"].get("top1")) if record else ""
+
+
+def data_names(records: Iterable[dict]) -> dict[str, str]:
+    """A name for each data set that was measured on; empty where it is the only one."""
+    places = {data_of(record): Path(record.get("data", {}).get("dir", "")).name for record in records}
+    if len(places) < 2:
+        return dict.fromkeys(places, "")
+    return {digest: f"on {name} ({digest[:8]})" for digest, name in places.items()}
+
+
+def over_checkpoints(run: Run) -> Table | None:
+    """All metrics of all measured checkpoints of a run, models side by side; None for fewer than two checkpoints."""
+    if len(run.evaluations) < 2:
+        return None
+    columns, found = [Column("metric", LABEL)], []
+    places = data_names(record for evaluation in run.evaluations for record in evaluation.records)
+    for evaluation in run.evaluations:
+        models = dict.fromkeys(record["model"] for record in evaluation.records)
+        for model in sorted(models, key=lambda model: model != TRAINED):
+            own = [record for record in evaluation.records if record["model"] == model]
+            kind = "run" if model == TRAINED else "baseline"
+            columns.append(Column(f"step {evaluation.step}" + ("" if model == TRAINED else f", {model}"), kind))
+            found.append(Subject("", model != TRAINED, "", own).metrics())
+    rows = [
+        (metric_label(key, places), *(shown(one.get(key), key[2]) for one in found))
+        for key in dict.fromkeys(key for one in found for key in one)
+    ]
+    return Table(columns, rows)
+
+
+def corruptions(subjects: Sequence[Subject]) -> Table | None:
+    """Top-1 of each classifier by corruption, the mean over severities."""
+    details = [(one.record("corruption") or {}).get("details", {}).get("accuracy", {}) for one in subjects]
+    keys = list(dict.fromkeys((c, name) for one in details for c, table in one.items() for name in table))
+    columns = (Column("corruption, classifier", LABEL), *(Column(one.name) for one in subjects))
+    rows = [
+        (f"{name}, {classifier}", *(_mean(one.get(classifier, {}).get(name)) for one in details))
+        for classifier, name in keys
+    ]
+    return Table(columns, rows) if rows else None
+
+
+def _mean(values: Sequence[float] | None) -> str:
+    return shown(sum(values) / len(values)) if values else ""
+
+
+def speed(runs: Sequence[Run]) -> Table:
+    """Throughput, hardware and versions, a column for each run; those of its newest start."""
+    rows: dict[str, list[str]] = {}
+    for run in runs:
+        start = run.starts[-1] if run.starts else {}
+        hardware, versions = start.get("hardware", {}), start.get("versions", {})
+        lines = run.series("train")
+        rates = [line["images_per_second"] for line in lines if "images_per_second" in line]
+        entries = {
+            "images/s, median": f"{median(rates):.1f}" if rates else "",
+            "images/s, greatest": f"{max(rates):.1f}" if rates else "",
+            "first to last line": duration(lines[-1]["time"] - lines[0]["time"]) if lines else "",
+            "optimizer steps": str(lines[-1]["step"]) if lines else "",
+            "ranks": str(start.get("world_size", "")),
+            "images a step": str(run.config["batch"]["global_batch_size"]),
+            "device": str(hardware.get("device", "")),
+            "processor": str(hardware.get("processor", "")),
+            "cores of a rank's machine": str(hardware.get("cores", "")),
+            "memory of a rank's machine (GiB)": str(hardware.get("memory_gib", "")),
+            "starts": str(len(run.starts)),
+            "revision": (start.get("git_revision") or "")[:12],
+        } | {name: versions.get(name, "") for name in ("python", "torch", "deepspeed", "ffcv")}
+        for name, text in entries.items():
+            rows.setdefault(name, []).append(text)
+    return Table((Column("", LABEL), *(Column(run.name) for run in runs)), [(n, *cells) for n, cells in rows.items()])
+
+
+def duration(seconds: float) -> str:
+    """For people: 5 s, 3 min, 2 h 5 min."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
+
+
+def protocols(run: Run) -> Table | None:
+    """The settings of what was measured on a run's newest checkpoint."""
+    records = run.evaluations[-1].records if run.evaluations else []
+    rows = [
+        (one["evaluator"], one["model"], duration(one.get("seconds", 0)), json.dumps(one["settings"]))
+        for one in records
+        if one.get("settings")
+    ]
+    heads = ("evaluator", "model", "time", "settings")
+    return Table([Column(head, LABEL) for head in heads], rows) if rows else None
+
+
+HEADLINES = {
+    "kNN, k = 20": ("knn", "top1_k20"),
+    "kNN, k = 200": ("knn", "top1_k200"),
+    "linear": ("linear", "top1"),
+    "linear, cached": ("linear_cached", "top1"),
+}
+
+
+def headlines(subjects: Sequence[Subject]) -> str:
+    """Top-1 of those who were measured, as text for a terminal: the baselines first, as a ladder to climb."""
+    values = {
+        title: [(one.record(evaluator) or {"metrics": {}})["metrics"].get(metric) for one in subjects]
+        for title, (evaluator, metric) in HEADLINES.items()
+    }
+    values = {title: column for title, column in values.items() if any(value is not None for value in column)}
+    if not values:
+        return "no accuracy was measured yet"
+    width = max(len(one.name) for one in subjects)
+    lines = [" " * width + "".join(f"{title:>16}" for title in values)]
+    for row in sorted(range(len(subjects)), key=lambda row: not subjects[row].is_baseline):
+        numbers = "".join(f"{shown(column[row]) or '-':>16}" for column in values.values())
+        lines.append(f"{subjects[row].name:{width}}{numbers}")
+    return "\n".join(["top-1 accuracy in percent on held-out images", "", *lines])
