@@ -37,7 +37,7 @@ class Run:
 
     Attributes:
         name: the end of its path that tells it from the others.
-        config, starts: of its manifest. lines: of metrics.jsonl. evaluations: the oldest checkpoint's first.
+        config, starts, data_digest: of its manifest. lines: of metrics.jsonl. evaluations: the oldest checkpoint's first.
         missing: what a reader would look for in vain.
     """
 
@@ -45,6 +45,7 @@ class Run:
     name: str
     config: dict
     starts: list[dict]
+    data_digest: str
     lines: list[dict]
     evaluations: list[Evaluation]
     missing: list[str]
@@ -73,7 +74,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 def _read_run(path: Path, name: str) -> Run:
     manifest = read_manifest(path)
     try:
-        config, starts = manifest["config"], manifest["starts"]
+        config, starts, digest = manifest["config"], manifest["starts"], manifest["data_digest"]
         _ = config["objective"]["name"], config["encoder"]["name"], config["data"]["dir"]
     except (KeyError, TypeError) as error:
         raise UserError(f"{path / 'manifest.json'}: not a manifest of a run (no {error})") from None
@@ -92,7 +93,7 @@ def _read_run(path: Path, name: str) -> Run:
         except UserError as error:
             missing.append(str(error))
     missing += _not_measured(path, evaluations)
-    return Run(path, name, config, starts, lines, evaluations, missing)
+    return Run(path, name, config, starts, digest, lines, evaluations, missing)
 
 
 def _not_measured(path: Path, evaluations: list[Evaluation]) -> list[str]:
