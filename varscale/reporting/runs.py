@@ -37,7 +37,8 @@ class Run:
 
     Attributes:
         name: the end of its path that tells it from the others.
-        config, starts, data_digest: of its manifest. lines: of metrics.jsonl. evaluations: the oldest checkpoint's first.
+        config, starts, data_digest: of its manifest. lines: of metrics.jsonl.
+        evaluations: the oldest checkpoint's first.
         missing: what a reader would look for in vain.
     """
 
