@@ -86,6 +86,8 @@ def _read_run(path: Path, name: str) -> Run:
     if damaged:
         some = ", ".join(map(str, damaged[:5])) + (" ..." if len(damaged) > 5 else "")
         missing.append(f"metrics.jsonl: {len(damaged)} damaged line(s) were left out (number {some})")
+    if lines and config["objective"]["name"] == "varcon" and not any("tau2_histogram" in line for line in lines):
+        missing.append("the distribution of tau2 was not recorded: it was trained by an older version")
     evaluations = []
     for file in evaluation_files(path):
         try:
