@@ -121,7 +121,8 @@ def test_the_page_has_every_part(made):
     page = Page((made / "report" / "index.html").read_text())
     for words in (
         "distribution of tau2 by epoch", "spread of the latents", "kNN top-1 while training",
-        "t-SNE, step 8", "t-SNE, step 12", "clustering", "one of tomorrow", "knn, untrained", "reliability of p(r|z)",
+        "t-SNE, epoch 2, step 8", "t-SNE, epoch 3, step 12", "clustering",
+        "one of tomorrow", "knn, untrained", "reliability of p(r|z)",
         "by severity of corruption", "few-shot top-1", "images per second", "images/s, median",
         "a note of the evaluator", "optimizer.weight_decay", "python -m varscale.evaluate --checkpoint",
         "python -m varscale.report",

@@ -63,6 +63,11 @@ class Run:
         """The lines of metrics.jsonl of this kind."""
         return [line for line in self.lines if line["kind"] == kind]
 
+    def moment(self, step: int) -> str:
+        """A step for people, with its epoch where epochs were recorded."""
+        last = next((line for line in reversed(self.series("train")) if line.get("epoch")), None)
+        return f"epoch {round(step * last['epoch'] / last['step'], 2):g}, step {step}" if last else f"step {step}"
+
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
     """Read runs, each once. Raises UserError for one that is not there or has no sound manifest."""

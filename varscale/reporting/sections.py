@@ -40,10 +40,10 @@ def _overview(runs: Sequence[Run]) -> Section:
     told = []
     for run in runs:
         batch, epochs = run.config["batch"]["global_batch_size"], run.config["schedule"]["epochs"]
-        reached = run.evaluations[-1].step if run.evaluations else None
+        reached = f"; measured at {run.moment(run.evaluations[-1].step)}" if run.evaluations else ""
         told.append(
             f"{run.name}: {run.objective}, {run.encoder}, {run.config['data']['dir']}, {epochs} epochs, {batch} images "
-            "a step" + (f"; measured at step {reached}" if reached is not None else "")
+            f"a step{reached}"
         )
     missing = [f"{run.name}: {what}" for run in runs for what in run.missing]
     blocks: list[Block] = [Items(told)]
