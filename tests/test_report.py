@@ -121,7 +121,8 @@ def test_the_page_has_every_part(made):
     page = Page((made / "report" / "index.html").read_text())
     for words in (
         "distribution of tau2 by epoch", "spread of the latents", "kNN top-1 while training",
-        "t-SNE, step 8", "t-SNE, step 12", "clustering", "one of tomorrow", "knn, untrained", "reliability of p(r|z)",
+        "t-SNE, epoch 2, step 8", "t-SNE, epoch 3, step 12", "clustering",
+        "one of tomorrow", "knn, untrained", "reliability of p(r|z)",
         "by severity of corruption", "few-shot top-1", "images per second", "images/s, median",
         "a note of the evaluator", "optimizer.weight_decay", "python -m varscale.evaluate --checkpoint",
         "python -m varscale.report",
@@ -178,6 +179,10 @@ def test_what_a_run_lacks_is_said(tmp_path, capsys):
     (damaged / "evaluation" / "step-00000008" / "knn.png").unlink()
     (damaged / "evaluation" / "step-00000012.json").write_text("{")
     measure(behind, 8, record("knn", {"top1_k20": 77.25}))
+    old = [json.loads(line) for line in (behind / "metrics.jsonl").read_text().splitlines()]
+    for line in old:
+        line.pop("tau2_histogram", None)
+    (behind / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in old))
     assert main([*map(str, (bare, damaged, behind)), "--out", str(tmp_path / "report")]) == 0
     words, printed = Page((tmp_path / "report" / "index.html").read_text()).words, capsys.readouterr().out
     for said in (
@@ -185,6 +190,7 @@ def test_what_a_run_lacks_is_said(tmp_path, capsys):
         f"bare: nothing was measured on it yet: python -m varscale.evaluate --checkpoint {bare} knn",
         "damaged: metrics.jsonl: 1 damaged line(s) were left out (number 2)",
         f"damaged: {damaged / 'evaluation' / 'step-00000012.json'}: not a file of results",
+        "behind: the distribution of tau2 was not recorded",
         "behind: measured at step 8, not yet at its newest checkpoint, step-00000012",
     ):
         assert said in words, said

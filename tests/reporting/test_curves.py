@@ -42,6 +42,15 @@ def test_every_curve_has_the_runs_that_recorded_it(tmp_path):
     assert [picture.title for picture in histograms(runs)] == ["ours: distribution of tau2 by epoch"]
 
 
+def test_what_an_objective_of_tomorrow_records_is_drawn_too(tmp_path):
+    run = make_run(tmp_path / "run")
+    lines = [
+        {"kind": "train", "step": s, "time": 0.0, "epoch": s, "some_term": s, "bad_sample_count": 0} for s in (1, 2)
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert [picture.title for picture in curves(read_runs([run]))] == ["some term"]
+
+
 def test_runs_that_recorded_no_epochs_are_drawn_by_step(tmp_path):
     run = make_run(tmp_path / "run")
     lines = [{"kind": "train", "step": step, "time": 0.0, "epoch": step / 2, "loss": 1.0} for step in (1, 2)]

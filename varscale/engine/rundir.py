@@ -2,7 +2,8 @@
 
 RUN/manifest.json             what ran: resolved configuration, versions, revision, data digest, hardware
 RUN/config.yaml               the resolved configuration, usable as a recipe
-RUN/metrics.jsonl             one JSON object a line: `{"kind": "train" | "knn" | ..., "step": ..., ...}`
+RUN/metrics.jsonl             one JSON object a line: `{"kind": "train" | "knn" | ..., "step": ..., ...}`, the rest
+                              numbers, but where a name ends in _histogram lists: counts since the line before
 RUN/checkpoints/step-00000042 state.json, safetensors and their checksums (see checkpoints.py)
 RUN/checkpoints/latest        a link to the newest
 RUN/checkpoints/best          a link to that with the best kNN accuracy, where it is measured while training

@@ -67,13 +67,16 @@ CURVES = (
         band=(_key("logvar_min"), _key("logvar_max")),
     ),
 )
+# Keys of lines that these show, that throughput shows, or that say which line it is.
+SHOWN = {"loss", "kl", "nll", "lr", "gradient_norm", "tau2", "tau2_std", "confidence", "classes_present", "cosine"}
+SHOWN |= {"spread", "logvar_mean", "logvar_min", "logvar_max", "images_per_second", "kind", "step", "time", "epoch"}
 
 
 def curves(runs: Sequence[Run]) -> list[Picture]:
-    """A picture for each of `CURVES` that any of the runs recorded."""
+    """A picture for each of `CURVES` that any of the runs recorded, and for each other number that is not always 0."""
     position = _position(runs)
     found = []
-    for curve in CURVES:
+    for curve in (*CURVES, *_others(runs)):
         having = [(i, run) for i, run in enumerate(runs) if any(curve.value(x) is not None for x in _lines(run, curve))]
         if having:
             found.append(picture(curve.name, curve.title, partial(_draw, curve=curve, runs=having, position=position)))
@@ -82,6 +85,12 @@ def curves(runs: Sequence[Run]) -> list[Picture]:
 
 def _lines(run: Run, curve: Curve) -> list[dict]:
     return run.series(curve.kind)
+
+
+def _others(runs: Sequence[Run]) -> list[Curve]:
+    lines = [line for run in runs for line in run.series("train")]
+    names = {key for line in lines for key, value in line.items() if isinstance(value, int | float) and value}
+    return [Curve(name.replace("_", "-"), name.replace("_", " "), _key(name)) for name in sorted(names - SHOWN)]
 
 
 def _position(runs: Sequence[Run]) -> str:

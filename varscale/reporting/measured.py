@@ -91,7 +91,7 @@ def embeddings(run: Run, number: int) -> list[Picture]:
         labels = np.array(record["details"]["labels"])
         colours = _class_colours(len(classes))[labels]
         for method, plane in record["details"]["coordinates"].items():
-            title = f"{'t-SNE' if method == 'tsne' else method.upper()}, step {evaluation.step}"
+            title = f"{'t-SNE' if method == 'tsne' else method.upper()}, {run.moment(evaluation.step)}"
             name = f"{method}-{number + 1}-step-{evaluation.step}"
             points = np.array(plane)
             found.append(picture(name, title, partial(_scatter, points=points, colours=colours), width=2.4, height=2.4))

@@ -37,7 +37,8 @@ class Run:
 
     Attributes:
         name: the end of its path that tells it from the others.
-        config, starts: of its manifest. lines: of metrics.jsonl. evaluations: the oldest checkpoint's first.
+        config, starts, data_digest: of its manifest. lines: of metrics.jsonl.
+        evaluations: the oldest checkpoint's first.
         missing: what a reader would look for in vain.
     """
 
@@ -45,6 +46,7 @@ class Run:
     name: str
     config: dict
     starts: list[dict]
+    data_digest: str
     lines: list[dict]
     evaluations: list[Evaluation]
     missing: list[str]
@@ -61,6 +63,11 @@ class Run:
         """The lines of metrics.jsonl of this kind."""
         return [line for line in self.lines if line["kind"] == kind]
 
+    def moment(self, step: int) -> str:
+        """A step for people, with its epoch where epochs were recorded."""
+        last = next((line for line in reversed(self.series("train")) if line.get("epoch")), None)
+        return f"epoch {round(step * last['epoch'] / last['step'], 2):g}, step {step}" if last else f"step {step}"
+
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
     """Read runs, each once. Raises UserError for one that is not there or has no sound manifest."""
@@ -73,7 +80,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 def _read_run(path: Path, name: str) -> Run:
     manifest = read_manifest(path)
     try:
-        config, starts = manifest["config"], manifest["starts"]
+        config, starts, digest = manifest["config"], manifest["starts"], manifest["data_digest"]
         _ = config["objective"]["name"], config["encoder"]["name"], config["data"]["dir"]
     except (KeyError, TypeError) as error:
         raise UserError(f"{path / 'manifest.json'}: not a manifest of a run (no {error})") from None
@@ -84,6 +91,8 @@ def _read_run(path: Path, name: str) -> Run:
     if damaged:
         some = ", ".join(map(str, damaged[:5])) + (" ..." if len(damaged) > 5 else "")
         missing.append(f"metrics.jsonl: {len(damaged)} damaged line(s) were left out (number {some})")
+    if lines and config["objective"]["name"] == "varcon" and not any("tau2_histogram" in line for line in lines):
+        missing.append("the distribution of tau2 was not recorded: it was trained by an older version")
     evaluations = []
     for file in evaluation_files(path):
         try:
@@ -92,7 +101,7 @@ def _read_run(path: Path, name: str) -> Run:
         except UserError as error:
             missing.append(str(error))
     missing += _not_measured(path, evaluations)
-    return Run(path, name, config, starts, lines, evaluations, missing)
+    return Run(path, name, config, starts, digest, lines, evaluations, missing)
 
 
 def _not_measured(path: Path, evaluations: list[Evaluation]) -> list[str]:

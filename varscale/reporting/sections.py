@@ -40,10 +40,10 @@ def _overview(runs: Sequence[Run]) -> Section:
     told = []
     for run in runs:
         batch, epochs = run.config["batch"]["global_batch_size"], run.config["schedule"]["epochs"]
-        reached = run.evaluations[-1].step if run.evaluations else None
+        reached = f"; measured at {run.moment(run.evaluations[-1].step)}" if run.evaluations else ""
         told.append(
             f"{run.name}: {run.objective}, {run.encoder}, {run.config['data']['dir']}, {epochs} epochs, {batch} images "
-            "a step" + (f"; measured at step {reached}" if reached is not None else "")
+            f"a step{reached}"
         )
     missing = [f"{run.name}: {what}" for run in runs for what in run.missing]
     blocks: list[Block] = [Items(told)]
@@ -123,12 +123,15 @@ def _reproduction(runs: Sequence[Run], command: str) -> Section:
     lines = []
     for run in runs:
         start = run.starts[0] if run.starts else {}
-        lines.append(f"# {run.name}: {start.get('world_size', '?')} rank(s), revision {start.get('git_revision')}")
+        told = [f"{start.get('world_size', '?')} rank(s)", f"revision {start.get('git_revision')}"]
+        lines.append(f"# {run.name}: {', '.join([*told, f'data {run.data_digest}'])}")
         if start.get("command"):
-            lines.append(shlex.join(["deepspeed", *start["command"]]))
+            launcher = "deepspeed" if start["world_size"] > 1 else "python"
+            lines.append(shlex.join([launcher, *start["command"]]))
         records = run.evaluations[-1].records if run.evaluations else []
         names = list(dict.fromkeys(one["evaluator"] for one in records))
         if names:
+            lines.append("# with the settings under “How it was measured”")
             baselines = ["--baselines"] if any(one["model"] != TRAINED for one in records) else []
             told = ["python", "-m", "varscale.evaluate", "--checkpoint", str(run.path), *names, *baselines]
             lines.append(shlex.join(told))
