@@ -27,7 +27,7 @@ from varscale.engine.launch import (
 )
 from varscale.engine.rundir import find_checkpoints
 from varscale.engine.state import TrainState
-from varscale.engine.stopping import INTERRUPTED, StopRequest, exit_code, reason_name
+from varscale.engine.stopping import INTERRUPTED, PEER_FAILED, StopRequest, exit_code, reason_name
 from varscale.errors import UserError
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 # What is imported above is light. torch, DeepSpeed and FFCV are imported inside functions, after every check that can
 # be made without them: a mistake in the configuration is answered at once.
 
-PEER_FAILED, USER_ERROR, BAD_STEP = 1, 2, 3  # exit codes; 75 and 130: see stopping.py
+USER_ERROR, BAD_STEP = 2, 3  # exit codes; for others see stopping.py
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -88,7 +88,7 @@ def train(config: Config, sizes: BatchSizes, deepspeed: dict, resume: str | None
     from varscale.engine import distributed
     from varscale.engine.bad_steps import BadStepError
 
-    ranks = distributed.join()
+    ranks = distributed.join(config.safety.watchdog_seconds)
     try:
         reason = run_through(Job(config, sizes, deepspeed, data), origin, ranks, stop)
         distributed.meet(ranks)
@@ -183,7 +183,7 @@ def run(job: Job, checkpoint: Path | None, position: TrainState | None, ranks: "
         telemetry.sync()
         writer.write(state.step, resume.collect(engine, learner, meter), state.to_dict())
 
-    with telemetry, writer, watchdog:
+    with watchdog, telemetry, writer:
         stop.defer_interrupts()
         pulse.measure(state, telemetry, writer)
         while state.step < total_steps and not reason:
