@@ -1,23 +1,54 @@
-"""A rank whose loss becomes NaN at chosen steps: everything else about it is real."""
+"""Ranks with one fault each: everything else about them is real."""
 
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 
-def rank_main(arguments: list[str], rank: int, ranks: int, port: int, log: Path, *, bad: tuple[int, ...]) -> None:
-    """As torture's, but on the last rank the loss of the `bad` steps, counted from 1 since its start, is NaN."""
-    from torture import rank_main as real_rank_main
+def rank_main(
+    arguments: list[str], rank: int, ranks: int, port: int, log: Path, *, fault: Callable[[int, int], None]
+) -> None:
+    """As torture's, once `fault(rank, ranks)` has prepared what will go wrong."""
+    from torture import rank_main as sound_rank_main
 
-    from varscale.engine.learners import VarConLearner
+    fault(rank, ranks)
+    sound_rank_main(arguments, rank, ranks, port, log)
 
-    real_loss, step = VarConLearner.loss, 0
 
-    def loss(self, forward, batch):
-        nonlocal step
-        step += 1
-        loss, terms = real_loss(self, forward, batch)
-        return (
-            (loss, terms | {"kl": terms["kl"] * float("nan")}) if step in bad and rank == ranks - 1 else (loss, terms)
-        )
+def nan_loss(rank: int, ranks: int, *, bad: tuple[int, ...]) -> None:
+    """On the last rank the loss of the `bad` steps, counted from 1 since its start, is NaN."""
+    from varscale.engine import learners
 
-    VarConLearner.loss = loss
-    real_rank_main(arguments, rank, ranks, port, log)
+    build, step = learners.build_learner, 0
+
+    def build_learner(*arguments):
+        learner = build(*arguments)
+        real_loss = learner.loss
+
+        def loss(forward, batch):
+            nonlocal step
+            step += 1
+            loss, terms = real_loss(forward, batch)
+            is_bad = step in bad and rank == ranks - 1
+            return loss, terms | {"kl": terms["kl"] * float("nan")} if is_bad else terms
+
+        learner.loss = loss
+        return learner
+
+    learners.build_learner = build_learner
+
+
+def no_room(rank: int, ranks: int, *, step: int) -> None:
+    """The checkpoint of `step` can never be written."""
+    from varscale.engine import saving
+
+    write = saving.write_checkpoint
+    saving.LAST_RETRY_AFTER = 0.1
+
+    def write_checkpoint(run, number, *others):
+        if number == step:
+            raise OSError("no room for it")
+        return write(run, number, *others)
+
+    saving.write_checkpoint = write_checkpoint

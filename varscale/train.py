@@ -27,7 +27,7 @@ from varscale.engine.launch import (
 )
 from varscale.engine.rundir import find_checkpoints
 from varscale.engine.state import TrainState
-from varscale.engine.stopping import INTERRUPTED, PEER_FAILED, StopRequest, exit_code, reason_name
+from varscale.engine.stopping import INTERRUPTED, PEER_FAILED, UNSAVED, StopRequest, exit_code, reason_name
 from varscale.errors import UserError
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ def run(job: Job, checkpoint: Path | None, position: TrainState | None, ranks: "
     """The training itself: epochs of steps, each step a few micro-batches.
 
     It begins with the tensors of `checkpoint`, or new ones, and stands where the checkpoint did unless `position` says
-    otherwise. Returns 0 at the end, or the reason for which it was stopped, its state saved.
+    otherwise. Returns 0 at the end, its state saved, or the reason for which it ended otherwise.
     """
     from varscale.data.sampling import steps_per_epoch
     from varscale.engine import resume
@@ -213,7 +213,8 @@ def run(job: Job, checkpoint: Path | None, position: TrainState | None, ranks: "
                 pulse.measure(state, telemetry, writer)
         if pulse.has_measured and state.step == total_steps:
             save()  # once more: nothing is left to do
-    return int(reason)
+        (unsaved,) = greatest((not writer.finish(),), ranks.device)
+    return int(reason) or (UNSAVED if unsaved else 0)
 
 
 def take_step(

@@ -67,6 +67,27 @@ def test_lost_permission_is_told(tmp_path, unprivileged):
     assert damage(latest_checkpoint(tmp_path)) is None
 
 
+def test_the_last_checkpoint_is_tried_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(saving, "LAST_RETRY_AFTER", 0.01)
+    attempts = []
+
+    def fail_at_first(*arguments):
+        attempts.append(arguments)
+        if len(attempts) < 3 or (len(attempts) > 3 and len(attempts) < 8):
+            raise OSError("no room")
+        return write_checkpoint(*arguments)
+
+    monkeypatch.setattr(saving, "write_checkpoint", fail_at_first)
+    with CheckpointWriter(tmp_path, 2, FIRST, print) as writer:
+        assert writer.finish(), "nothing was to be written"
+        writer.write(1, parts(1), {"step": 1})
+        assert writer.finish()
+        writer.write(2, parts(2), {"step": 2})
+        assert not writer.finish()
+    assert len(attempts) == 7
+    assert names(tmp_path) == ["latest", "step-00000001"]
+
+
 def test_metrics_that_found_no_room_are_written_later(small_disk):
     said = []
     metrics = MetricsFile(small_disk / "metrics.jsonl", 0, said.append)
