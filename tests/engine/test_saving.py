@@ -67,6 +67,22 @@ def test_lost_permission_is_told(tmp_path, unprivileged):
     assert damage(latest_checkpoint(tmp_path)) is None
 
 
+def test_what_cannot_be_deleted_is_told_and_costs_no_checkpoint(tmp_path, monkeypatch):
+    said = []
+    with CheckpointWriter(tmp_path, 1, FIRST, said.append) as writer:
+        writer.write(1, parts(1), {"step": 1})
+        writer.wait()
+        monkeypatch.setattr("shutil.rmtree", lambda path, **_: os.listdir("/nowhere"))
+        writer.write(2, parts(2), {"step": 2})
+        assert writer.finish()
+        monkeypatch.undo()
+        assert len(said) == 1
+        assert "old checkpoints cannot be deleted" in said[0]
+        assert damage(latest_checkpoint(tmp_path)) is None
+        writer.write(3, parts(3), {"step": 3})
+    assert names(tmp_path) == ["latest", "step-00000003"]
+
+
 def test_the_last_checkpoint_is_tried_again(tmp_path, monkeypatch):
     monkeypatch.setattr(saving, "LAST_RETRY_AFTER", 0.01)
     attempts = []

@@ -6,7 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Self
 
-from varscale.engine.checkpoints import Tensors, mark_best, write_checkpoint
+from varscale.engine.checkpoints import NotDeletedError, Tensors, mark_best, write_checkpoint
 from varscale.engine.distributed import Ranks
 
 RETRY_AFTER = 60.0  # seconds from a failure to the next attempt, where no checkpoint is due before
@@ -86,6 +86,9 @@ class CheckpointWriter:
         try:
             writing.result()
             self.last = None
+        except NotDeletedError as error:
+            self.last = None
+            self.warn(str(error))
         except OSError as error:
             self.failed_at = time.monotonic()
             self.warn(f"no checkpoint could be written ({error}); training goes on and will try again")
