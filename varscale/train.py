@@ -27,7 +27,7 @@ from varscale.engine.launch import (
 )
 from varscale.engine.rundir import find_checkpoints
 from varscale.engine.state import TrainState
-from varscale.engine.stopping import INTERRUPTED, PEER_FAILED, UNSAVED, StopRequest, exit_code, reason_name
+from varscale.engine.stopping import PEER_FAILED, UNSAVED, StopRequest, exit_code, reason_name
 from varscale.errors import UserError
 
 if TYPE_CHECKING:
@@ -102,10 +102,6 @@ def train(config: Config, sizes: BatchSizes, deepspeed: dict, resume: str | None
         if ranks.is_first:
             print(f"stopped: {error}", file=sys.stderr)
         return BAD_STEP
-    except KeyboardInterrupt:
-        if ranks.is_first:
-            print("\ninterrupted before the first step", file=sys.stderr)
-        return INTERRUPTED
     except Exception as error:
         cause = distributed.announced_failure()
         if cause is None:
