@@ -52,3 +52,10 @@ def no_room(rank: int, ranks: int, *, step: int) -> None:
         return write(run, number, *others)
 
     saving.write_checkpoint = write_checkpoint
+
+
+def silent(arguments: list[str], rank: int, ranks: int, port: int, log: Path) -> None:
+    """A rank whose output goes to a full disk."""
+    from torture import rank_main as sound_rank_main
+
+    sound_rank_main(arguments, rank, ranks, port, Path("/dev/full"))

@@ -123,6 +123,13 @@ def test_a_run_whose_last_checkpoint_cannot_be_written_is_not_done(new_run, undi
     assert compare(undisturbed, run, 1) == 0
 
 
+def test_a_run_whose_output_finds_no_room_ends_the_same(new_run, undisturbed):
+    run = new_run("silent", *VIT)
+    run.start(faults.silent)
+    run.wait_for_end()
+    assert compare(undisturbed, run, 0) == 0
+
+
 def test_a_rank_that_stands_still_ends_the_others_with_their_stacks(new_run):
     run = new_run("stalled", *VIT, "safety.watchdog_seconds=6")
     run.start()

@@ -25,6 +25,7 @@ from varscale.engine.launch import (
     environment_world_size,
     report_user_error,
 )
+from varscale.engine.output import outlive_output
 from varscale.engine.rundir import find_checkpoints
 from varscale.engine.state import TrainState
 from varscale.engine.stopping import PEER_FAILED, UNSAVED, StopRequest, exit_code, reason_name
@@ -46,6 +47,7 @@ USER_ERROR, BAD_STEP = 2, 3  # exit codes; for others see stopping.py
 def main(arguments: list[str] | None = None) -> int:
     """Check everything that can be checked without torch, then train. Returns the exit code."""
     options = parse_arguments(arguments)
+    outlive_output()
     try:
         config = load_config(options.config, options.overrides)
         sizes = resolve_batch(config.batch, options.world_size or environment_world_size())
