@@ -39,6 +39,24 @@ def nan_loss(rank: int, ranks: int, *, bad: tuple[int, ...]) -> None:
     learners.build_learner = build_learner
 
 
+def counting_engines(rank: int, ranks: int, *, bad: tuple[int, ...]) -> None:
+    """As nan_loss, and each time an engine is opened it is told how many others still live."""
+    from weakref import WeakSet
+
+    from varscale.engine import opening
+
+    nan_loss(rank, ranks, bad=bad)
+    open_engine, engines = opening.open_engine, WeakSet()
+
+    def open_and_count(*arguments):
+        print(f"engines: {len(engines)}", flush=True)
+        engine = open_engine(*arguments)
+        engines.add(engine)
+        return engine
+
+    opening.open_engine = open_and_count
+
+
 def no_room(rank: int, ranks: int, *, step: int) -> None:
     """The checkpoint of `step` can never be written."""
     from varscale.engine import saving

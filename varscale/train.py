@@ -121,6 +121,7 @@ def train(config: Config, sizes: BatchSizes, deepspeed: dict, resume: str | None
 def run_through(job: Job, origin: Origin, ranks: "Ranks", stop: StopRequest) -> int:
     """Run from the first good checkpoint; after a rewind once more, from behind the bad step. Returns as `run` does."""
     from varscale.engine.bad_steps import Rewind
+    from varscale.engine.opening import free_memory
     from varscale.engine.resume import choose
 
     position = None
@@ -130,6 +131,7 @@ def run_through(job: Job, origin: Origin, ranks: "Ranks", stop: StopRequest) -> 
             return run(job, checkpoint, position, ranks, stop)
         except Rewind as rewind:
             position = rewind.position
+        free_memory()
         origin = Origin(find_checkpoints(job.config.output_dir) or origin.checkpoints)
 
 
@@ -146,7 +148,7 @@ def run(job: Job, checkpoint: Path | None, position: TrainState | None, ranks: "
     from varscale.engine.distributed import greatest
     from varscale.engine.learners import build_learner
     from varscale.engine.meter import Meter
-    from varscale.engine.opening import open_engine, open_steps
+    from varscale.engine.opening import dismantled_by_rewind, open_engine, open_steps
     from varscale.engine.pulse import Pulse
     from varscale.engine.saving import CheckpointWriter
     from varscale.engine.schedules import LearningRate
@@ -167,7 +169,8 @@ def run(job: Job, checkpoint: Path | None, position: TrainState | None, ranks: "
         resume.restore_modules(checkpoint, learner)
     engine = open_engine(config, job.deepspeed, learner)
     state = resume.restore_progress(checkpoint, engine, meter, ranks) if checkpoint else TrainState()
-    state = position or state
+    if position:  # what the checkpoint's meter holds stands in the metrics already, or belongs to steps undone
+        state, meter = position, Meter()
     steps_from = open_steps(job, ranks)
     telemetry = Telemetry(config, job.deepspeed, data.info.digest, total_steps, state, meter, ranks)
     bad_steps = BadSteps(config.safety, config.output_dir, learner.network, telemetry.warn)
@@ -181,8 +184,10 @@ def run(job: Job, checkpoint: Path | None, position: TrainState | None, ranks: "
         telemetry.sync()
         writer.write(state.step, resume.collect(engine, learner, meter), state.to_dict())
 
-    with watchdog, telemetry, writer:
+    with dismantled_by_rewind(engine), watchdog, telemetry, writer:
         stop.defer_interrupts()
+        if position:
+            save()  # what is measured below is to have its checkpoint, and the next rewind ends here
         pulse.measure(state, telemetry, writer)
         while state.step < total_steps and not reason:
             with closing(steps_from(*state.position(steps))) as rest_of_epoch:
