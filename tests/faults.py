@@ -72,6 +72,43 @@ def no_room(rank: int, ranks: int, *, step: int) -> None:
     saving.write_checkpoint = write_checkpoint
 
 
+def dead_loader(rank: int, ranks: int, *, step: int) -> None:
+    """The last rank's loader never comes back with the images of `step`."""
+    from varscale.data import loader
+
+    real_batches = loader.ViewLoader.batches
+
+    def batches(self, plan, epoch):
+        for number, batch in enumerate(real_batches(self, plan, epoch), start=1):
+            if number == step and rank == ranks - 1:
+                time.sleep(600)
+            yield batch
+
+    loader.ViewLoader.batches = batches
+
+
+def full_disk(rank: int, ranks: int, *, disk: Path, full: int, free: int) -> None:
+    """The file system of `disk` is full from step `full` to step `free`; what failed is tried again at once."""
+    from varscale import train
+    from varscale.engine import saving
+
+    saving.RETRY_AFTER = 0.0
+    take_step, step = train.take_step, 0
+
+    def take_and_fill(*arguments):
+        nonlocal step
+        step += rank == 0
+        if step == full:
+            with suppress(OSError), (disk / "fill").open("wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(2**20))
+        elif step == free:
+            (disk / "fill").unlink()
+        return take_step(*arguments)
+
+    train.take_step = take_and_fill
+
+
 def silent(arguments: list[str], rank: int, ranks: int, port: int, log: Path) -> None:
     """A rank whose output goes to a full disk."""
     from torture import rank_main as sound_rank_main

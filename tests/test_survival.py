@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from torture import Run, compare
 from torture import main as torture
 
-from varscale.engine.rundir import read_metrics
+from varscale.engine.checkpoints import damage
+from varscale.engine.rundir import find_checkpoints, read_metrics
 
 VIT = ["encoder.name=vit_ti", "encoder.stem=null", "encoder.patch_size=8"]
 SMALL = ["batch.global_batch_size=32", "schedule.epochs=2", "compute.precision=float32", "checkpoint.every_steps=3"]
@@ -132,24 +133,51 @@ def test_a_run_whose_output_finds_no_room_ends_the_same(new_run, undisturbed):
     assert compare(undisturbed, run, 0) == 0
 
 
+def test_a_run_outlives_a_full_disk(new_run, undisturbed, disk):
+    """Room for five checkpoints of 45 MB, for none from step 9 to 14; then one comes out of turn."""
+    run, place = new_run("full", *VIT, "checkpoint.every_steps=6", "checkpoint.keep=9"), disk(260)
+    run.place.symlink_to(place)
+    run.start(with_fault(faults.full_disk, disk=place, full=9, free=14))
+    run.wait_for_end()
+    said = run.log.read_text()
+    assert "No space left on device" in said
+    assert "training goes on and will try again" in said
+    written = [path for path in find_checkpoints(run.place) if damage(path) is None]
+    first, retried, *later = sorted(int(path.name.removeprefix("step-")) for path in written)
+    assert (first, later) == (6, [18, 20])
+    assert 14 <= retried < 18
+    assert compare(undisturbed, run, 0) == 0
+
+
 def test_a_rank_that_stands_still_ends_the_others_with_their_stacks(new_run):
-    run = new_run("stalled", *VIT, "safety.watchdog_seconds=6")
+    run = new_run("stalled", *VIT, "safety.watchdog_seconds=6", "batch.global_batch_size=30", ranks=3)
     run.start()
     run.wait_for_step(3)
     stopped = run.processes[1]
     os.kill(stopped.pid, signal.SIGSTOP)
     begin = time.monotonic()
     try:
-        run.processes[0].join(60)
-        assert run.processes[0].exitcode == 75
+        for rank in (0, 2):
+            run.processes[rank].join(60)
+            assert run.processes[rank].exitcode == 75
         assert time.monotonic() - begin < 60
     finally:
         stopped.kill()
     said = run.log.read_text()
-    assert "watchdog: rank 0 of 2 on " in said
-    assert "has done nothing for 6 s" in said
+    for rank in (0, 2):
+        assert f"watchdog: rank {rank} of 3 on " in said
+    assert said.count("has done nothing for 6 s") == 2
     assert f"its last step was {run.steps()}" in said
     assert "in take_step" in said or "in greatest" in said, "the stack shows where it waited"
+
+
+def test_a_dead_loader_ends_the_run_with_its_stack(new_run):
+    run = new_run("starved", *VIT, "safety.watchdog_seconds=4", ranks=1)
+    run.start(with_fault(faults.dead_loader, step=3))
+    run.wait_for_end(75)
+    said = run.log.read_text()
+    assert "its last step was 2" in said
+    assert "/faults.py" in said, "the stack shows where it waited"
 
 
 @pytest.mark.parametrize(
