@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import time
 from functools import partial
@@ -10,7 +11,7 @@ import faults
 import pytest
 import torch
 from safetensors.torch import load_file
-from torture import Run, compare
+from torture import KINDS, Run, compare
 from torture import main as torture
 
 from varscale.engine.checkpoints import damage
@@ -79,10 +80,27 @@ def assert_same_tensors(first, second):
 @pytest.mark.parametrize(
     ("recipe", "zero", "ranks"), [("digits-varcon", 0, 1), ("digits-vssl", 2, 2), ("digits-varcon", 3, 2)]
 )
-def test_torture(digits, recipe, zero, ranks):
-    """ResNets: batch norm's statistics, too, must come back."""
-    overrides = [f"data.dir={digits}", *SMALL, f"deepspeed.config=zero{zero}", "compute.deterministic=true"]
+def test_torture(digits, capfd, recipe, zero, ranks):
+    """Batch norm's statistics, too, must come back: those of VSSL's projector."""
+    overrides = [f"data.dir={digits}", *SMALL, *VIT, f"deepspeed.config=zero{zero}", "compute.deterministic=true"]
     assert torture(["--recipe", recipe, "--ranks", str(ranks), "--kills", "3", "--seed", str(zero), *overrides]) == 0
+    said = capfd.readouterr().err
+    for kind in KINDS:
+        assert re.search(rf"killed rank \S.* of {ranks} {kind}", said), (kind, said)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_torture_on_a_gpu(digits):
+    overrides = [f"data.dir={digits}", *SMALL, "compute.deterministic=true", "compute.precision=bfloat16"]
+    assert torture(["--kills", "3", *overrides]) == 0
+
+
+def test_torture_without_data_says_so(capsys):
+    assert torture(["--recipe", "cifar10-varcon", "data.dir=nowhere"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: nowhere holds no converted data set")
+    assert said.count("\n") == 1
 
 
 def test_signals_stop_all_ranks_after_the_same_step_with_a_checkpoint(new_run, undisturbed):
