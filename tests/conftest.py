@@ -139,12 +139,25 @@ def unprivileged():
 
 
 @pytest.fixture
-def small_disk(tmp_path):
-    """A real file system of 6 MB."""
-    mount = tmp_path / "disk"
-    mount.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(mount)]
-    if os.geteuid() or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("mounting a small file system needs root and its permission to mount")
+def disk(tmp_path):
+    """A function: a real file system of so many megabytes."""
+    mounts = []
+
+    def mount(megabytes: int) -> Path:
+        place = tmp_path / "disk"
+        place.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(place)]
+        if os.geteuid() or subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("mounting a small file system needs root and its permission to mount")
+        mounts.append(place)
+        return place
+
     yield mount
-    subprocess.run(["umount", str(mount)], check=True)
+    for place in mounts:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+@pytest.fixture
+def small_disk(disk):
+    """A real file system of 6 MB."""
+    return disk(6)

@@ -4,8 +4,11 @@
     python tools/torture.py --kills 20 [--seed S] [--recipe digits-varcon] [--ranks 2] [key=value ...]
 
 The ranks are real processes of the real program, ended by SIGKILL: all at once or one of them, while they start, in the
-middle of a step, or while a checkpoint is being written; each time they are started again with --resume auto. Exit code
-0 only if parameters, optimizer, teacher, meters and every recorded metric of the end agree bit for bit.
+middle of a step, or while a checkpoint is being written, as often each; every time they are started again with --resume
+auto. Exit code 0 only if parameters, optimizer, teacher, meters and every recorded metric of the end agree bit for bit.
+
+The digits are converted where they are not. Any key of the recipe can be overridden; if none is, it takes two epochs,
+with a checkpoint every three steps.
 """
 
 import argparse
@@ -14,48 +17,72 @@ import json
 import multiprocessing
 import os
 import random
+import signal
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from itertools import cycle, islice
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from tqdm import tqdm
 
 from varscale.cluster.start import free_port
+from varscale.config import load_config
+from varscale.data.conversion import convert
+from varscale.data.dataset import read_dataset_info
+from varscale.data.sources import open_source
 from varscale.engine.checkpoints import read_state
 from varscale.engine.rundir import checkpoint_folder, latest_checkpoint, read_metrics
+from varscale.errors import UserError
 
 POLL = 0.005  # seconds
 PATIENCE = 600.0  # seconds without a step
-STARTING, STEPPING, SAVING = "while starting", "in a step", "while saving"
+KINDS = STARTING, STEPPING, SAVING = "while starting", "in a step", "while saving"
 UNEQUAL = {"time", "images_per_second"}  # of metrics: they tell of the clock
 SETTINGS = ("data.image_size=16", "data.workers=1", "logging.every_steps=1", "logging.trackers=[]")
+# Not every step is recorded, so that checkpoints find something in the meters.
+TORTURED = ("schedule.epochs=2", "schedule.warmup_epochs=1", "checkpoint.every_steps=3", "logging.every_steps=2")
 
-# Ranks are forked from a server that has imported what takes long; each still runs the program from its beginning.
-CONTEXT = multiprocessing.get_context("forkserver")
+# Ranks are forked from a server that has imported what takes long; each still runs the program from its beginning. CUDA
+# does not survive a fork, and an import may have asked for it.
+CONTEXT = multiprocessing.get_context("spawn" if Path("/dev/nvidiactl").exists() else "forkserver")
 CONTEXT.set_forkserver_preload(
     ["torch", "deepspeed", "varscale.train", "varscale.engine.opening", "varscale.evaluation.online"]
 )
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns 0 where the ends agree, 1 where they do not."""
+    """Returns 0 where the ends agree, 1 where they do not, 2 where nothing could be run."""
     options = parse_arguments(arguments)
     rng = random.Random(options.seed)
     with tempfile.TemporaryDirectory(prefix="torture-") as folder:
         place = options.keep or Path(folder)
+        overrides = [*TORTURED, *options.overrides]
+        try:
+            config = load_config(options.recipe, overrides)
+            if config.data.dir == Path("data/digits") and not config.data.dir.exists():
+                convert(open_source("digits"), Path(folder) / "digits")
+                overrides.append(f"data.dir={folder}/digits")
+            else:
+                read_dataset_info(config.data.dir)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
         names = ("undisturbed", "tortured")
-        calm, tortured = (Run(place / name, options.recipe, options.overrides, options.ranks) for name in names)
+        calm, tortured = (Run(place / name, options.recipe, overrides, options.ranks) for name in names)
         calm.start()
         calm.wait_for_end()
         steps = calm.steps()
         print(f"undisturbed: {steps} steps in {calm.seconds:.0f} s", flush=True)
-        moments = sorted(rng.randrange(steps) for _ in range(options.kills))
-        for moment in tqdm(moments, unit="kill", mininterval=1):
+        moments = sorted(rng.randrange(steps * 3 // 4) for _ in range(options.kills))  # later it might have ended
+        kinds = list(islice(cycle(KINDS), options.kills))
+        rng.shuffle(kinds)
+        for moment, kind in tqdm(list(zip(moments, kinds, strict=True)), unit="kill", mininterval=1):
             tortured.start()
-            tqdm.write(f"killed {tortured.torture(rng, moment)}", file=sys.stderr)
+            tqdm.write(f"killed {tortured.torture(rng, kind, moment)}", file=sys.stderr)
         tortured.start()
         tortured.wait_for_end()
         return compare(calm, tortured, options.kills)
@@ -82,7 +109,7 @@ class Run:
 
     def start(self, target: Callable[..., None] | None = None) -> None:
         """Start all ranks, each with `rank_main` or what replaces it."""
-        self.started = time.monotonic()
+        self.started, self.started_at = time.monotonic(), time.time()
         port = free_port()
         self.log = self.place.with_suffix(".log")
         self.log.parent.mkdir(parents=True, exist_ok=True)
@@ -103,34 +130,48 @@ class Run:
             raise RuntimeError(f"{self.place.name} ended with codes {codes}:\n{self.log.read_text()[-3000:]}")
 
     def wait_for_step(self, step: int) -> None:
-        """Wait until so many steps are recorded, or the run ends."""
-        self._wait_until(lambda: self.steps() >= step)
+        """Wait until so many steps, and one since the last start, are recorded; or the run ends."""
+        self._wait_until(lambda: self.steps() >= max(1, step))
 
-    def torture(self, rng: random.Random, moment: int) -> str:
+    def torture(self, rng: random.Random, kind: str, moment: int) -> str:
         """Kill some ranks after about `moment` steps, and wait for the others' end; tells what was done."""
-        kind = rng.choice((STARTING, STEPPING, STEPPING, SAVING, SAVING))
-        if kind == STARTING:
-            time.sleep(rng.uniform(0.0, 5.0))
-        else:
-            self.wait_for_step(moment)
-            if kind == SAVING:
-                self._wait_until(lambda: any(checkpoint_folder(self.place).glob(".writing-step-*")))
-                time.sleep(rng.uniform(0.0, 0.05))
-            else:
-                time.sleep(rng.uniform(0.0, 0.5))
         victims = self.processes if rng.random() < 0.5 else [rng.choice(self.processes)]
+        if kind == STARTING:
+            patience = time.monotonic() + rng.uniform(0.0, 2.0)
+            self._wait_until(lambda: time.monotonic() > patience or self.steps() > 0)
+        elif kind == STEPPING:
+            self.wait_for_step(moment)
+            time.sleep(rng.uniform(0.0, 0.1))
+        else:
+            victims = sorted({self.processes[0], *victims}, key=self.processes.index)  # rank 0 is the one that writes
+            self.wait_for_step(moment)
+            self._wait_until(self.is_saving)
+            time.sleep(rng.uniform(0.0, 0.05))
+        if kind != SAVING:
+            kind = STEPPING if self.steps() else STARTING
         for process in victims:
             process.kill()
         for process in self.processes:
             process.join()
-        return f"{len(victims)} of {self.ranks} {kind}, after {self.steps()} steps"
+        if not any(process.exitcode == -signal.SIGKILL for process in victims):
+            return f"nothing: it had ended ({kind} was meant)"
+        ranks = ", ".join(str(self.processes.index(process)) for process in victims)
+        return f"rank {ranks} of {self.ranks} {kind}, after {self.steps()} steps"
 
     def steps(self) -> int:
-        """How many steps were recorded."""
+        """The last step that was recorded since the last start; 0 before there is one."""
         try:
-            return max((line["step"] for line in read_metrics(self.place / "metrics.jsonl")), default=0)
+            lines = read_metrics(self.place / "metrics.jsonl")
         except ValueError:  # it is being written
             return 0
+        return max((line["step"] for line in lines if line["time"] > self.started_at), default=0)
+
+    def is_saving(self) -> bool:
+        """Whether a checkpoint is being written: what a killed run left of one is older."""
+        with suppress(FileNotFoundError):
+            asides = checkpoint_folder(self.place).glob(".writing-step-*")
+            return any(path.stat().st_mtime > self.started_at for path in asides)
+        return False
 
     def end(self) -> dict[str, str]:
         """What the run came to: a digest for each file of tensors, for the metrics and for where it stands."""
@@ -140,7 +181,7 @@ class Run:
         metrics = [{key: value for key, value in line.items() if key not in UNEQUAL} for line in lines]
         state = read_state(checkpoint)["state"] | {"metrics_bytes": None}
         return found | {
-            f"{len(lines)} metrics": digest(json.dumps(metrics).encode()),
+            f"{len(lines)} metrics": digest(json.dumps(metrics, sort_keys=True).encode()),
             "state": digest(json.dumps(state).encode()),
         }
 

@@ -25,9 +25,10 @@ from varscale.engine.launch import (
     environment_world_size,
     report_user_error,
 )
+from varscale.engine.output import outlive_output
 from varscale.engine.rundir import find_checkpoints
 from varscale.engine.state import TrainState
-from varscale.engine.stopping import INTERRUPTED, StopRequest, exit_code, reason_name
+from varscale.engine.stopping import PEER_FAILED, UNSAVED, StopRequest, exit_code, reason_name
 from varscale.errors import UserError
 
 if TYPE_CHECKING:
@@ -40,12 +41,13 @@ if TYPE_CHECKING:
 # What is imported above is light. torch, DeepSpeed and FFCV are imported inside functions, after every check that can
 # be made without them: a mistake in the configuration is answered at once.
 
-PEER_FAILED, USER_ERROR, BAD_STEP = 1, 2, 3  # exit codes; 75 and 130: see stopping.py
+USER_ERROR, BAD_STEP = 2, 3  # exit codes; for others see stopping.py
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Check everything that can be checked without torch, then train. Returns the exit code."""
     options = parse_arguments(arguments)
+    outlive_output()
     try:
         config = load_config(options.config, options.overrides)
         sizes = resolve_batch(config.batch, options.world_size or environment_world_size())
@@ -88,7 +90,7 @@ def train(config: Config, sizes: BatchSizes, deepspeed: dict, resume: str | None
     from varscale.engine import distributed
     from varscale.engine.bad_steps import BadStepError
 
-    ranks = distributed.join()
+    ranks = distributed.join(config.safety.watchdog_seconds)
     try:
         reason = run_through(Job(config, sizes, deepspeed, data), origin, ranks, stop)
         distributed.meet(ranks)
@@ -102,10 +104,6 @@ def train(config: Config, sizes: BatchSizes, deepspeed: dict, resume: str | None
         if ranks.is_first:
             print(f"stopped: {error}", file=sys.stderr)
         return BAD_STEP
-    except KeyboardInterrupt:
-        if ranks.is_first:
-            print("\ninterrupted before the first step", file=sys.stderr)
-        return INTERRUPTED
     except Exception as error:
         cause = distributed.announced_failure()
         if cause is None:
@@ -123,6 +121,7 @@ def train(config: Config, sizes: BatchSizes, deepspeed: dict, resume: str | None
 def run_through(job: Job, origin: Origin, ranks: "Ranks", stop: StopRequest) -> int:
     """Run from the first good checkpoint; after a rewind once more, from behind the bad step. Returns as `run` does."""
     from varscale.engine.bad_steps import Rewind
+    from varscale.engine.opening import free_memory
     from varscale.engine.resume import choose
 
     position = None
@@ -132,6 +131,7 @@ def run_through(job: Job, origin: Origin, ranks: "Ranks", stop: StopRequest) -> 
             return run(job, checkpoint, position, ranks, stop)
         except Rewind as rewind:
             position = rewind.position
+        free_memory()
         origin = Origin(find_checkpoints(job.config.output_dir) or origin.checkpoints)
 
 
@@ -139,7 +139,7 @@ def run(job: Job, checkpoint: Path | None, position: TrainState | None, ranks: "
     """The training itself: epochs of steps, each step a few micro-batches.
 
     It begins with the tensors of `checkpoint`, or new ones, and stands where the checkpoint did unless `position` says
-    otherwise. Returns 0 at the end, or the reason for which it was stopped, its state saved.
+    otherwise. Returns 0 at the end, its state saved, or the reason for which it ended otherwise.
     """
     from varscale.data.sampling import steps_per_epoch
     from varscale.engine import resume
@@ -148,7 +148,7 @@ def run(job: Job, checkpoint: Path | None, position: TrainState | None, ranks: "
     from varscale.engine.distributed import greatest
     from varscale.engine.learners import build_learner
     from varscale.engine.meter import Meter
-    from varscale.engine.opening import open_engine, open_steps
+    from varscale.engine.opening import dismantled_by_rewind, open_engine, open_steps
     from varscale.engine.pulse import Pulse
     from varscale.engine.saving import CheckpointWriter
     from varscale.engine.schedules import LearningRate
@@ -169,7 +169,8 @@ def run(job: Job, checkpoint: Path | None, position: TrainState | None, ranks: "
         resume.restore_modules(checkpoint, learner)
     engine = open_engine(config, job.deepspeed, learner)
     state = resume.restore_progress(checkpoint, engine, meter, ranks) if checkpoint else TrainState()
-    state = position or state
+    if position:  # what the checkpoint's meter holds stands in the metrics already, or belongs to steps undone
+        state, meter = position, Meter()
     steps_from = open_steps(job, ranks)
     telemetry = Telemetry(config, job.deepspeed, data.info.digest, total_steps, state, meter, ranks)
     bad_steps = BadSteps(config.safety, config.output_dir, learner.network, telemetry.warn)
@@ -183,8 +184,10 @@ def run(job: Job, checkpoint: Path | None, position: TrainState | None, ranks: "
         telemetry.sync()
         writer.write(state.step, resume.collect(engine, learner, meter), state.to_dict())
 
-    with telemetry, writer, watchdog:
+    with dismantled_by_rewind(engine), watchdog, telemetry, writer:
         stop.defer_interrupts()
+        if position:
+            save()  # what is measured below is to have its checkpoint, and the next rewind ends here
         pulse.measure(state, telemetry, writer)
         while state.step < total_steps and not reason:
             with closing(steps_from(*state.position(steps))) as rest_of_epoch:
@@ -213,7 +216,8 @@ def run(job: Job, checkpoint: Path | None, position: TrainState | None, ranks: "
                 pulse.measure(state, telemetry, writer)
         if pulse.has_measured and state.step == total_steps:
             save()  # once more: nothing is left to do
-    return int(reason)
+        (unsaved,) = greatest((not writer.finish(),), ranks.device)
+    return int(reason) or (UNSAVED if unsaved else 0)
 
 
 def take_step(

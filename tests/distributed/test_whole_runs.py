@@ -181,6 +181,7 @@ def test_the_zero_stage_changes_nothing_but_rounding(runs, kind, zero):
     ("kind", "before", "world_size", "zero"),
     all_but_slow(
         ("varcon-vit", "zero0", 4, "zero2"),
+        ("varcon-vit", "zero3", 1, "zero0"),
         of=[
             ("varcon-vit", "zero0", 4, "zero2"),
             ("varcon-vit", "zero3", 1, "zero0"),

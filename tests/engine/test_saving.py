@@ -67,6 +67,43 @@ def test_lost_permission_is_told(tmp_path, unprivileged):
     assert damage(latest_checkpoint(tmp_path)) is None
 
 
+def test_what_cannot_be_deleted_is_told_and_costs_no_checkpoint(tmp_path, monkeypatch):
+    said = []
+    with CheckpointWriter(tmp_path, 1, FIRST, said.append) as writer:
+        writer.write(1, parts(1), {"step": 1})
+        writer.wait()
+        monkeypatch.setattr("shutil.rmtree", lambda path, **_: os.listdir("/nowhere"))
+        writer.write(2, parts(2), {"step": 2})
+        assert writer.finish()
+        monkeypatch.undo()
+        assert len(said) == 1
+        assert "old checkpoints cannot be deleted" in said[0]
+        assert damage(latest_checkpoint(tmp_path)) is None
+        writer.write(3, parts(3), {"step": 3})
+    assert names(tmp_path) == ["latest", "step-00000003"]
+
+
+def test_the_last_checkpoint_is_tried_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(saving, "LAST_RETRY_AFTER", 0.01)
+    attempts = []
+
+    def fail_at_first(*arguments):
+        attempts.append(arguments)
+        if len(attempts) < 3 or (len(attempts) > 3 and len(attempts) < 8):
+            raise OSError("no room")
+        return write_checkpoint(*arguments)
+
+    monkeypatch.setattr(saving, "write_checkpoint", fail_at_first)
+    with CheckpointWriter(tmp_path, 2, FIRST, print) as writer:
+        assert writer.finish(), "nothing was to be written"
+        writer.write(1, parts(1), {"step": 1})
+        assert writer.finish()
+        writer.write(2, parts(2), {"step": 2})
+        assert not writer.finish()
+    assert len(attempts) == 7
+    assert names(tmp_path) == ["latest", "step-00000001"]
+
+
 def test_metrics_that_found_no_room_are_written_later(small_disk):
     said = []
     metrics = MetricsFile(small_disk / "metrics.jsonl", 0, said.append)

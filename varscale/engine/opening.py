@@ -1,7 +1,8 @@
 """What a run is made of, from its configuration: the network under DeepSpeed, and the views of its images."""
 
-from collections.abc import Callable, Generator
-from contextlib import closing
+import gc
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
 
 import torch
 from deepspeed import DeepSpeedEngine
@@ -11,6 +12,7 @@ from varscale.data.augment import Augmentation
 from varscale.data.geometry import CropSpec
 from varscale.data.loader import Batch, ViewLoader
 from varscale.data.sampling import epoch_order, rank_batches
+from varscale.engine.bad_steps import Rewind
 from varscale.engine.distributed import Ranks
 from varscale.engine.launch import Job
 from varscale.engine.learners import Learner, MicroBatch
@@ -29,6 +31,23 @@ def open_engine(config: Config, deepspeed: dict, learner: Learner) -> DeepSpeedE
     for companion in learner.companions().values():
         partition_companion(companion, deepspeed)
     return engine
+
+
+@contextmanager
+def dismantled_by_rewind(engine: DeepSpeedEngine) -> Iterator[None]:
+    """Where a Rewind passes, undo the hooks by which autograd holds the engine: another will be opened in its place."""
+    try:
+        yield
+    except Rewind:
+        engine.destroy()
+        raise
+
+
+def free_memory() -> None:
+    """Free what nobody uses any more, on the device, too: an engine refers to itself."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def open_steps(job: Job, ranks: Ranks) -> Callable[[int, int], Generator[list[MicroBatch], None, None]]:

@@ -6,16 +6,17 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Self
 
-from varscale.engine.checkpoints import Tensors, mark_best, write_checkpoint
+from varscale.engine.checkpoints import NotDeletedError, Tensors, mark_best, write_checkpoint
 from varscale.engine.distributed import Ranks
 
 RETRY_AFTER = 60.0  # seconds from a failure to the next attempt, where no checkpoint is due before
+LAST_RETRIES, LAST_RETRY_AFTER = 3, 5.0  # at the end of a run, which has nothing else to do
 
 
 class CheckpointWriter:
-    """Writes a run's checkpoints in the background, on rank 0. A context manager: leaving it waits for the last.
+    """Writes a run's checkpoints in the background, on rank 0; on other ranks it does nothing.
 
-    On other ranks it does nothing.
+    A context manager: leaving it waits for the last. Where that one counts, `finish` first.
 
     warn: takes the message of a checkpoint that could not be written. The older ones are then untouched, training goes
         on, and RETRY_AFTER seconds later `retry_is_due`.
@@ -25,6 +26,7 @@ class CheckpointWriter:
         self.run, self.keep, self.first, self.warn = run, keep, ranks.is_first, warn
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-writer")
         self.writing: Future | None = None
+        self.last: tuple[int, Mapping[str, Tensors], dict] | None = None  # until it is on the disk
         self.failed_at: float | None = None
 
     def __enter__(self) -> Self:
@@ -39,7 +41,8 @@ class CheckpointWriter:
         if not self.first:
             return
         self.wait()
-        self.writing = self.thread.submit(write_checkpoint, self.run, step, parts, state, self.keep)
+        self.last = (step, parts, state)
+        self._begin()
 
     def mark_best(self, step: int) -> None:
         """Point `best` at the checkpoint of `step`, the last one handed to `write`, if it could be written."""
@@ -56,6 +59,17 @@ class CheckpointWriter:
         if self.writing is not None:
             self._finish(self.writing)
 
+    def finish(self) -> bool:
+        """Wait for the last checkpoint, trying a few times if it fails; whether it is written."""
+        self.wait()
+        for _ in range(LAST_RETRIES):
+            if self.last is None:
+                break
+            time.sleep(LAST_RETRY_AFTER)
+            self._begin()
+            self.wait()
+        return self.last is None
+
     @property
     def retry_is_due(self) -> bool:
         """Whether the last checkpoint failed a while ago, so that another attempt should be made."""
@@ -63,10 +77,18 @@ class CheckpointWriter:
             self._finish(self.writing)
         return self.failed_at is not None and time.monotonic() - self.failed_at > RETRY_AFTER
 
+    def _begin(self) -> None:
+        step, parts, state = self.last
+        self.writing = self.thread.submit(write_checkpoint, self.run, step, parts, state, self.keep)
+
     def _finish(self, writing: Future) -> None:
         self.writing = self.failed_at = None
         try:
             writing.result()
+            self.last = None
+        except NotDeletedError as error:
+            self.last = None
+            self.warn(str(error))
         except OSError as error:
             self.failed_at = time.monotonic()
             self.warn(f"no checkpoint could be written ({error}); training goes on and will try again")
