@@ -3,7 +3,8 @@
     python slurm/submit.py --config imagenet1k-varcon --nodes 4 --gpus-per-node 8 [key=value ...]
 
 Afterwards `python slurm/submit.py status|follow|cancel RUN`, where RUN is the run's directory or the job's number. The
-same with `--cluster local` trains on this machine. A sweep, `--sweep objective.epsilon=0.0,0.02`, is a job array.
+same with `--cluster local` trains on this machine. A sweep, `--sweep objective.epsilon=0.0,0.02`, is a job array; so
+are several configurations, `--config A --config B`, whose runs lie in one folder.
 """
 
 import sys
@@ -69,7 +70,8 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"recipes: {', '.join(recipe_names())}",
     )
-    parser.add_argument("--config", required=True, metavar="RECIPE", help="a recipe's name, or the path of a YAML file")
+    recipe = "a recipe's name, or the path of a YAML file; given several times, a run for each"
+    parser.add_argument("--config", required=True, action="append", metavar="RECIPE", help=recipe)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for varscale/train.py")
     parser.add_argument("--sweep", action="append", default=[], metavar="key=A,B,C", help="a run for each value")
     parser.add_argument("--cluster", choices=["slurm", "local"], default="slurm", help="local: on this machine")
@@ -85,10 +87,9 @@ def submit(options: argparse.Namespace) -> int:
     """Check everything that can be checked here, freeze code and configuration, and put the job into the queue."""
     chosen = {name: getattr(options, name) for name in OPTIONS if getattr(options, name) is not None}
     settings = load_settings(options.settings, chosen)
-    base = load_config(options.config, options.overrides).output_dir
-    configs = {name: load_config(options.config, overrides) for name, overrides in sweep(options, base).items()}
+    base, configs = runs_of(options)
     if options.dry_run:
-        return dry_run(settings, base.name, configs)
+        return dry_run(settings, base.absolute().name, configs)
     if options.cluster == "slurm":
         slurm.check_fits(settings)
     elif settings.nodes > 1:
@@ -110,6 +111,26 @@ def submit(options: argparse.Namespace) -> int:
     print(f"submitted {base} as job {submission.job}: {settings.world_size} ranks on {settings.nodes} node(s)")
     print(f"python slurm/submit.py status|follow|cancel {base}", flush=True)
     return watching.follow(submission) if options.follow else 0
+
+
+def runs_of(options: argparse.Namespace) -> tuple[Path, dict[str, Config]]:
+    """The folder that a submission belongs to, and the configuration of each run by the run's name."""
+    recipe, *others = options.config
+    config = load_config(recipe, options.overrides)
+    if not others:
+        base = config.output_dir
+        return base, {name: load_config(recipe, overrides) for name, overrides in sweep(options, base).items()}
+    if options.sweep:
+        raise UserError("--sweep goes with a single --config")
+    base, found = config.output_dir.parent, {config.output_dir.name: (recipe, config)}
+    for other in others:
+        directory = (config := load_config(other, options.overrides)).output_dir
+        if directory.parent.absolute() != base.absolute():
+            raise UserError(f"--config {other}: output_dir is {directory}, but that of {recipe} lies in {base}")
+        if directory.name in found:
+            raise UserError(f"--config {other}: output_dir is {directory}, as that of {found[directory.name][0]}")
+        found[directory.name] = other, config
+    return base, {name: config for name, (_, config) in found.items()}
 
 
 def sweep(options: argparse.Namespace, base: Path) -> dict[str, list[str]]:

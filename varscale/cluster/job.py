@@ -1,10 +1,11 @@
 """What runs on the nodes of a job: `run_task` is submitted to Slurm, `run_here` to this machine.
 
 python -m varscale.cluster.job begin         before the ranks: prints the port on which they will meet
-python -m varscale.cluster.job rank          one rank, with torchrun's variables set
+python -m varscale.cluster.job rank LEADER   one rank of process LEADER on this machine, with torchrun's variables set
 python -m varscale.cluster.job end STATUS    after the ranks: requeues Slurm's job, or says how it ended
 """
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -23,6 +24,7 @@ from varscale.cluster.submission import Submission
 from varscale.engine.stopping import PREEMPTED
 from varscale.errors import UserError
 
+PR_SET_PDEATHSIG = 1  # of Linux' prctl
 KILL_WAIT = 30  # seconds that ranks on this machine get to end after another one failed
 CONTROLLER_WAIT, CONTROLLER_PAUSE = 600.0, 5.0  # seconds for Slurm's controller to come back, and between two questions
 
@@ -109,6 +111,7 @@ def run_here(folder: str) -> None:
     """
     submission = Submission.load(Path(folder))
     submission.job = submitit.JobEnvironment().job_id
+    _end_with(int(submission.job))
     ranks: list[subprocess.Popen] = []
     ended = False
 
@@ -140,13 +143,23 @@ def run_here(folder: str) -> None:
     sys.exit(max(codes))
 
 
+def _end_with(parent: int) -> None:
+    """Have the kernel kill this process when the one that started it ends, even if that is killed.
+
+    A job is known by its leading process: without it nobody sees that ranks still write, and another job may begin.
+    """
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # too late
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 def _start_rank(start: Start, rank: int, port: int) -> subprocess.Popen:
     world_size = start.submission.world_size
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
     place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     environment = os.environ | start.to_environment() | {key: str(value) for key, value in place.items()}
     with start.submission.log(start.job, rank).open("a") as log:
-        command = [sys.executable, "-u", "-m", "varscale.cluster.job", "rank"]
+        command = [sys.executable, "-u", "-m", "varscale.cluster.job", "rank", str(os.getpid())]
         return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
 
 
@@ -171,7 +184,8 @@ if __name__ == "__main__":
     match sys.argv[1:]:
         case ["begin"]:
             print(Start.from_environment().begin())
-        case ["rank"]:
+        case ["rank", leader]:
+            _end_with(int(leader))
             run_rank()
         case ["end", status]:
             sys.exit(end(int(status)))
