@@ -224,6 +224,8 @@ def open_images(directory: Path, info: DatasetInfo, trained_on: DatasetInfo, con
         workers=workers,
         decoder=data.loader,
         policy=data.augmentation,
+        on_bad_sample=data.on_bad_sample,
+        os_cache=data.os_cache,
     )
 
 

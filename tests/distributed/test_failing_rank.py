@@ -83,6 +83,7 @@ def test_without_a_launcher_that_ends_the_others(command, damaged, repository, f
 @pytest.mark.parametrize("loader", ["ffcv", "torch"])
 def test_a_bad_sample_is_skipped_where_asked_for(launch, command, damaged, tmp_path, loader):
     options = ["data.on_bad_sample=skip", f"data.loader={loader}", "data.augmentation=stacked_randaugment"]
+    options += ["online_knn.every_epochs=1", "online_knn.k=5"]  # which reads all training images once more
     done = launch(*command, *options, launcher="python")
     assert done.returncode == 0, done.stderr
     assert f"warning: {damaged[1]}" in done.stderr

@@ -48,6 +48,8 @@ class OnlineKNN:
             seed=config.seed,
             workers=data.workers or workers,
             decoder=data.loader,
+            on_bad_sample=data.on_bad_sample,
+            os_cache=data.os_cache,
         )
 
     def is_due(self, epoch: int) -> bool:
