@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from varscale.data.beton import check_beton
 from varscale.data.geometry import CropSpec
 from varscale.data.loader import ViewLoader
 
@@ -24,6 +25,14 @@ def smooth_image(random, height, width):
     rows, columns = np.mgrid[:height, :width]
     waves = [np.sin(rows * a + columns * b + c) for a, b, c in random.uniform(-0.3, 0.3, (3, 3))]
     return (np.stack(waves, -1) * 127 + 128).astype(np.uint8)
+
+
+def damage(beton, sample):
+    """Overwrites a sample's bytes with zeros."""
+    summary = check_beton(beton, num_classes=None, require_labels=False)
+    with open(beton, "r+b") as file:
+        file.seek(int(summary.offsets[sample]))
+        file.write(bytes(int(summary.num_bytes[sample])))
 
 
 def load(path, indices, epoch=4, crops=TWO_VIEWS, workers=1, **options):

@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from varscale.config import Config, Section, parse_section
 from varscale.data.dataset import DatasetInfo, read_dataset_info
 from varscale.data.geometry import CropSpec
+from varscale.data.loader import LoaderError
 from varscale.engine.checkpoints import read_part
 from varscale.engine.launch import report_user_error
 from varscale.engine.rundir import find_checkpoint, run_config
@@ -60,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     try:
         evaluate(options)
-    except UserError as error:
+    except (UserError, LoaderError) as error:
         return report_user_error(error)
     return 0
 

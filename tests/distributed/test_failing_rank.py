@@ -8,11 +8,10 @@ import time
 
 import numpy as np
 import pytest
+from betons import damage
 from PIL import Image
 
 from varscale.data.conversion import convert
-from varscale.data.geometry import CropSpec
-from varscale.data.loader import ViewLoader
 from varscale.data.sampling import epoch_order
 from varscale.data.sources import open_source
 
@@ -33,10 +32,7 @@ def damaged(tmp_path_factory):
     convert(open_source(f"imagefolder:{folder / 'images'}"), folder / "data")
     sample = int(epoch_order(IMAGES, 0, 0)[2 * BATCH - 1])
     beton = folder / "data" / "train.beton"
-    record = ViewLoader(beton, [CropSpec(16, None)], seed=0, workers=1).records[sample]
-    with beton.open("r+b") as file:
-        file.seek(int(record["offset"]))
-        file.write(bytes(int(record["size"])))
+    damage(beton, sample)
     name = (folder / "data" / "train.names.txt").read_text().splitlines()[sample]
     return folder / "data", f"{beton}: sample {sample} ({name}) cannot be loaded"
 

@@ -29,8 +29,11 @@ def environment_world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def report_user_error(error: UserError) -> int:
-    """Print the mistake in one line and return exit code 2. Rank 0 speaks for all, if the others made the same one."""
+def report_user_error(error: Exception) -> int:
+    """Print a mistake in the input in one line and return exit code 2.
+
+    Rank 0 speaks for all, if the others made the same one.
+    """
     if environment_rank() > 0:
         time.sleep(WAIT_FOR_RANK_0)
     print(f"error: {error}", file=sys.stderr, flush=True)

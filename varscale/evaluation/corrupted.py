@@ -90,7 +90,7 @@ class OnTheFly:
         with closing(self.loader.batches(self.order[rows][None], 0)) as batches:
             batch = next(batches)
         if batch.skipped:  # the images in their places would be measured by the wrong labels
-            raise UserError(f"corruption: {self.loader.beton} has bad samples (named above); leave them out of the data")
+            raise UserError(f"corruption: {self.loader.beton} has bad samples, named above: leave them out")
         return batch.images[0][:, 0].numpy()
 
 
