@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from varscale.config import Config, Section, parse_section
 from varscale.data.dataset import DatasetInfo, read_dataset_info
-from varscale.data.geometry import CropSpec
+from varscale.data.geometry import training_crops
 from varscale.data.loader import LoaderError
 from varscale.engine.checkpoints import read_part
 from varscale.engine.launch import report_user_error
@@ -214,11 +214,10 @@ def pixels(images: Tensor) -> Tensor:
 def open_images(directory: Path, info: DatasetInfo, trained_on: DatasetInfo, config: Config, workers: int) -> Images:
     """The data set, cropped, flipped and normalised as the encoder knows it from its training."""
     data = config.data
-    crop = CropSpec(data.image_size, data.crop_scale, data.crop_ratio, data.flip, data.interpolation)
     return Images(
         directory,
         info,
-        random_crop=crop,
+        random_crop=training_crops(data)[0],
         mean=trained_on.mean,
         std=trained_on.std,
         seed=config.seed,

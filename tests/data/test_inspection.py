@@ -4,13 +4,15 @@ import re
 
 import numpy as np
 import pytest
+import torch
+from betons import load
 from pictures import GOOD, encoded, folder_source, picture, pixels_of, stored
 
 from varscale.config.schema import DataConfig
 from varscale.data.contact_sheet import contact_sheet, spread, stored_image, views_of
 from varscale.data.conversion import convert
 from varscale.data.dataset import read_dataset_info
-from varscale.data.geometry import CropSpec
+from varscale.data.geometry import CropSpec, training_crops
 from varscale.data.inspection import describe, open_contents
 from varscale.data.loader import ViewLoader
 from varscale.errors import UserError
@@ -57,6 +59,19 @@ def test_views_are_those_of_training_without_normalisation(directory, tmp_path, 
         np.testing.assert_array_equal(seen, next(batches).images[0].numpy())
     augmented = views_of(next(iter(contents.betons.values())), contents, DataConfig(image_size=24), indices, 3, 5)
     assert np.abs(augmented.astype(int) - seen).mean() > 5
+
+
+def test_without_augmentation_all_views_are_the_evaluation_crop(directory):
+    contents, indices = open_contents(directory), np.array([1, 7, 8])
+    data = DataConfig(image_size=24, augmentation="none", views=3, local_views=2, local_size=16)
+    whole = [CropSpec(24, None, flip=0.0)] * 3 + [CropSpec(16, None, flip=0.0)] * 2
+    expected = load(directory / "train.beton", indices[None], 0, whole)[0].images
+    for epoch in range(3):
+        (batch,) = load(directory / "train.beton", indices[None], epoch, training_crops(data))
+        for images, crops in zip(batch.images, expected, strict=True):
+            assert torch.equal(images, crops[:, :1].expand_as(images))
+    seen = views_of(contents.betons["train"], contents, data, indices, views=2, seed=5)
+    np.testing.assert_array_equal(seen, expected[0][:, :2])
 
 
 def test_the_sheet_has_a_row_a_sample_and_a_column_a_view(directory):

@@ -13,7 +13,7 @@ from varscale.config.schema import DataConfig
 from varscale.data.augment import Augmentation
 from varscale.data.beton import BetonSummary
 from varscale.data.decoders import installed_decoder
-from varscale.data.geometry import CropSpec
+from varscale.data.geometry import training_crops
 from varscale.data.inspection import Contents
 from varscale.data.loader import LoaderError, ViewLoader
 from varscale.data.names import sample_name
@@ -50,10 +50,8 @@ def contact_sheet(contents: Contents, data: DataConfig, *, rows: int, views: int
     top = MARGIN + 64
     sheet = Image.new("RGB", (lefts[-1] + cell + MARGIN, top + len(indices) * (cell + GAP) - GAP + MARGIN), PAPER)
     draw = ImageDraw.Draw(sheet)
-    low, high = data.crop_scale
     draw.text((MARGIN, MARGIN), str(beton), INK, BOLD)
-    settings = f"{data.augmentation}, {data.image_size} pixels, crops of {low:g} to {high:g} of the area, seed {seed}"
-    draw.text((MARGIN, MARGIN + 20), settings, PALE, PLAIN)
+    draw.text((MARGIN, MARGIN + 20), _settings(data, seed), PALE, PLAIN)
     for left, title in zip(lefts, ["stored", *(f"view {view + 1}" for view in range(views))], strict=True):
         draw.text((left, top - 6), title, PALE, SMALL, anchor="ls")
     for row, index in enumerate(indices.tolist()):
@@ -74,6 +72,12 @@ def contact_sheet(contents: Contents, data: DataConfig, *, rows: int, views: int
     return sheet
 
 
+def _settings(data: DataConfig, seed: int) -> str:
+    low, high = data.crop_scale
+    crops = "the evaluation crop" if data.augmentation == "none" else f"crops of {low:g} to {high:g} of the area"
+    return f"{data.augmentation}, {data.image_size} pixels, {crops}, seed {seed}"
+
+
 def views_of(
     beton: Path, contents: Contents, data: DataConfig, indices: np.ndarray, views: int, seed: int
 ) -> np.ndarray:
@@ -81,7 +85,7 @@ def views_of(
 
     Raises UserError where a sample cannot be loaded.
     """
-    crop = CropSpec(data.image_size, data.crop_scale, data.crop_ratio, data.flip, data.interpolation)
+    crop = training_crops(data)[0]
     mean, std = (contents.info.mean, contents.info.std) if contents.info else ((0.0,) * 3, (1.0,) * 3)
     augmentation = Augmentation(data.augmentation, views, data.image_size, mean, std, seed)
     try:

@@ -8,7 +8,7 @@ from deepspeed import DeepSpeedEngine
 from varscale.config import Config
 from varscale.data.augment import Augmentation
 from varscale.data.dataset import DatasetInfo
-from varscale.data.geometry import CropSpec
+from varscale.data.geometry import training_crops
 from varscale.data.loader import Batch, ViewLoader
 from varscale.engine.distributed import Ranks
 from varscale.engine.learners import Learner, MicroBatch
@@ -34,11 +34,9 @@ def open_views(
 ) -> tuple[ViewLoader, Callable[[Batch, int], MicroBatch]]:
     """The loader that cuts views from images, and the function that makes them a micro-batch on the device."""
     d = config.data
-    crop = CropSpec(d.image_size, d.crop_scale, d.crop_ratio, d.flip, d.interpolation)
-    local_crop = CropSpec(d.local_size, d.local_scale, d.crop_ratio, d.flip, d.interpolation)
     loader = ViewLoader(
         d.dir / "train.beton",
-        [crop] * d.views + [local_crop] * d.local_views,
+        training_crops(d),
         seed=config.seed,
         workers=d.workers or ranks.cores,
         batches_ahead=d.batches_ahead,
