@@ -161,6 +161,19 @@ def test_policies_equal_torchvision_with_the_same_parameters(policy, size, compi
         assert difference.max() < 1e-4
 
 
+@pytest.mark.parametrize("policy", ["byol", "stacked_randaugment"])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_half_precision_is_float32_rounded_once(policy, compiled):
+    images, indices = views(5, 2, 80), torch.arange(5)
+    full, half = (
+        Augmentation(policy, 2, 80, MEAN, STD, seed=11, dtype=dtype, compiled=compiled)(images, indices, epoch=6)
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    assert half.dtype == torch.bfloat16
+    assert half.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(half, full.bfloat16())
+
+
 @pytest.mark.parametrize("policy", ["simaugment", "byol", "autoaugment", "stacked_randaugment"])
 @pytest.mark.parametrize("size", [32, 80, 224])
 @pytest.mark.parametrize("compiled", [True, False])

@@ -44,9 +44,11 @@ def open_views(
         on_bad_sample=d.on_bad_sample,
         decoder=d.loader,
     )
+    # Autocast would round the first layer's input to bfloat16 anyway.
+    dtype = torch.bfloat16 if config.compute.precision == "bfloat16" else torch.float32
     augmentations, first_view = [], 0
     for size, count in d.views_by_size.items():
-        settings = (d.augmentation, count, size, info.mean, info.std, config.seed, first_view)
+        settings = (d.augmentation, count, size, info.mean, info.std, config.seed, first_view, dtype)
         augmentations.append(Augmentation(*settings).to(ranks.device))
         first_view += count
 

@@ -75,7 +75,7 @@ def _memory(config: Config, sizes: BatchSizes, stage: int, learner) -> str:
         "optimizer": 4 * count * (STATES[config.optimizer.name] + (stage >= 1)) / (ranks if stage >= 1 else 1),
         "teacher": 4 * teacher / (ranks if stage >= 3 else 1),
         "activations": activations,
-        "views": 3 * 4 * pixels,
+        "views": 3 * (2 if config.compute.precision == "bfloat16" else 4) * pixels,
     }
     lines = [f"{name:<12} {size / GIB:8.3f} GiB" for name, size in parts.items() if size]
     return "\n".join([*lines, f"{'sum':<12} {sum(parts.values()) / GIB:8.3f} GiB"])

@@ -14,7 +14,7 @@ from varscale.errors import UserError
 class Images:
     """A converted data set: a deterministic crop, or a random crop and flip as in training.
 
-    random_crop: as in training, where it is not random under the policy `none`; its size is that of the deterministic crop, too.
+    random_crop: as in training (not random under the policy `none`); its size is that of the deterministic crop, too.
     mean, std: of the data that the encoder was trained on.
     policy: the augmentation of training, for `augmentation`.
     on_bad_sample, os_cache: as ViewLoader takes them; bad samples that are passed over are not measured.
