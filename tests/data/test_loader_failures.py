@@ -16,6 +16,7 @@ pytest.importorskip("ffcv")
 
 from varscale.data import loader as loader_module
 from varscale.data.loader import LoaderError, ViewLoader
+from varscale.data.names import write_names
 from varscale.errors import UserError
 
 pytestmark = pytest.mark.timeout(120)
@@ -154,16 +155,20 @@ def test_missing_and_truncated_files_are_the_users_to_mend(tmp_path, jpeg_beton)
         ViewLoader(cut, TWO_VIEWS, seed=0, workers=1)
 
 
-def test_any_exception_in_a_worker_reaches_the_consumer(jpeg_beton, monkeypatch):
-    loader = ViewLoader(jpeg_beton, TWO_VIEWS, seed=7, workers=2)
+def test_any_exception_in_a_worker_reaches_the_consumer_with_the_samples_name(copy, monkeypatch):
+    write_names(copy.parent, "copy", [f"cat/{index}.jpg" for index in range(COUNT)])
+    loader = ViewLoader(copy, TWO_VIEWS, seed=7, workers=2)
 
     def fail(*_):
         raise MemoryError("no room")
 
     monkeypatch.setattr(loader, "_decode_views", fail)
     threads, files = threading.active_count(), len(os.listdir("/proc/self/fd"))
-    with pytest.raises(MemoryError, match="no room"):
+    message = r"copy\.beton: sample 0 \(cat/0\.jpg\){} cannot be loaded: MemoryError\('no room'\)"
+    with pytest.raises(LoaderError, match=message.format("")):
         list(loader.batches(np.arange(20).reshape(5, 4), epoch=0))
+    with pytest.raises(LoaderError, match=message.format(", or one of the 2 behind it in its batch,")):
+        list(loader.batches(np.arange(20)[None], epoch=0))
     assert threading.active_count() == threads
     assert len(os.listdir("/proc/self/fd")) == files
 

@@ -158,8 +158,23 @@ class ViewLoader:
 
         batch: (N,) the whole batch, into which the samples that take a bad one's place are written. images: its buffer.
         """
-        first, replaced = places.start, 0
         wanted = batch[places].copy()
+        try:
+            replaced = self._decode_chunk(file, epoch, batch, images, places, wanted)
+        except LoaderError:
+            raise
+        except Exception as error:
+            others = f", or one of the {len(wanted) - 1} behind it in its batch," if len(wanted) > 1 else ""
+            title = sample_title(self.beton, int(wanted[0]))
+            raise LoaderError(f"{title}{others} cannot be loaded: {error!r}") from error
+        if not self.os_cache:
+            self._advise(file, wanted, os.POSIX_FADV_DONTNEED)
+        return replaced
+
+    def _decode_chunk(
+        self, file: int, epoch: np.uint64, batch: np.ndarray, images: np.ndarray, places: slice, wanted: np.ndarray
+    ) -> int:
+        first, replaced = places.start, 0
         while True:
             indices = batch[first : places.stop]
             position, status = self._decode_views(
@@ -175,14 +190,11 @@ class ViewLoader:
                 images,
             )
             if status == DECODED:
-                break
+                return int(replaced)
             first += position
             original = wanted[first - places.start]
             replaced += batch[first] == original
             batch[first] = self._instead(batch[first], original, status)
-        if not self.os_cache:
-            self._advise(file, wanted, os.POSIX_FADV_DONTNEED)
-        return int(replaced)
 
     def _scratch_for(self, indices: np.ndarray) -> np.ndarray:
         """This thread's memory for decoding: new memory would cost more than some decoding does."""
