@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from varscale.config import BatchSizes, Config
-from varscale.data.dataset import BetonSummary, DatasetInfo, check_beton, read_dataset_info
+from varscale.data.dataset import BetonSummary, DatasetInfo, check_beton, check_counts, read_dataset_info
 from varscale.engine.manifest import refuse_another_run
 from varscale.engine.rundir import SUBMISSIONS, find_checkpoint, find_checkpoints, read_manifest
 from varscale.errors import UserError
@@ -61,10 +61,7 @@ def check_training_data(config: Config, sizes: BatchSizes) -> TrainingData:
     for split in ("train", "val"):
         path = config.data.dir / f"{split}.beton"
         found[split] = check_beton(path, num_classes=info.num_classes, require_labels=config.objective.needs_labels)
-        if found[split].num_samples != info.num_samples(split):
-            raise UserError(
-                f"{path}: holds {found[split].num_samples} images, but dataset.json describes {info.num_samples(split)}"
-            )
+        check_counts(path, found[split], info, split)
     if found["train"].num_samples < sizes.global_batch_size:
         raise UserError(
             f"batch.global_batch_size is {sizes.global_batch_size}, but {config.data.dir / 'train.beton'} "

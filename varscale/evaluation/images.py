@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Literal
 
 from varscale.data.augment import Augmentation
-from varscale.data.dataset import DatasetInfo, check_beton
+from varscale.data.dataset import DatasetInfo, check_beton, check_counts
 from varscale.data.decoders import Decoder
 from varscale.data.geometry import CropSpec
 from varscale.data.loader import ViewLoader
@@ -97,7 +97,4 @@ def check_labelled(directory: Path, info: DatasetInfo) -> None:
         summary = check_beton(path, num_classes=info.num_classes, require_labels=False)
         if summary.labels is None:
             raise UserError(f"{path}: has no labels, and accuracy cannot be measured without them")
-        if summary.num_samples != info.num_samples(split):
-            raise UserError(
-                f"{path}: holds {summary.num_samples} samples, but dataset.json says {info.num_samples(split)}"
-            )
+        check_counts(path, summary, info, split)
