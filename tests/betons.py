@@ -36,8 +36,10 @@ def damage(beton, sample):
 
 
 def load(path, indices, epoch=4, crops=TWO_VIEWS, workers=1, **options):
-    loader = ViewLoader(path, crops, seed=7, workers=workers, **options)
-    with loader.batches(indices, epoch) as batches:
+    with (
+        ViewLoader(path, crops, seed=7, workers=workers, **options) as loader,
+        loader.batches(indices, epoch) as batches,
+    ):
         return list(batches)
 
 

@@ -89,8 +89,10 @@ def views_of(
     mean, std = (contents.info.mean, contents.info.std) if contents.info else ((0.0,) * 3, (1.0,) * 3)
     augmentation = Augmentation(data.augmentation, views, data.image_size, mean, std, seed)
     try:
-        loader = ViewLoader(beton, [crop] * views, seed=seed, workers=1, decoder=installed_decoder())
-        with loader.batches(indices[None], epoch=0) as batches:
+        with (
+            ViewLoader(beton, [crop] * views, seed=seed, workers=1, decoder=installed_decoder()) as loader,
+            loader.batches(indices[None], epoch=0) as batches,
+        ):
             batch = next(batches)
     except LoaderError as error:
         raise UserError(f"{error}; convert_dataset.py verify names all that is damaged") from None

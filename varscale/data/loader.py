@@ -1,4 +1,4 @@
-"""Batches of views from a .beton: FFCV's format and decoder, run by a few threads that end with the iteration.
+"""Batches of views from a .beton: FFCV's format and decoder, run by a few threads of the loader's own.
 
 `ffcv.loader.Loader` itself is not used. Its thread swallows exceptions, so that the consumer waits for ever; its
 buffers are reused, so that batches change under the consumer; its threads outlive an early stop; it sets torch's number
@@ -6,7 +6,8 @@ of threads; its memory maps end the process where a file was cut short, and its 
 order is truly random. What it stands on is used: the format and the compiled imdecode.
 
 A batch is cut into chunks, and worker threads decode them outside Python's lock. The chunks' futures carry an exception
-to the consumer.
+to the consumer. The threads are kept from one pass to the next: FFCV's decoder never frees what it takes for a thread,
+10 KB, when the thread ends.
 """
 
 import os
@@ -14,7 +15,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -59,6 +60,7 @@ class ViewLoader:
     """Decodes each sample of a .beton once and cuts V views from it.
 
     The views are a pure function of the file and (seed, epoch, sample, view): neither workers nor batches change them.
+    A context manager: `close`, or dropping the loader, ends its threads.
 
     Memory: `batches_ahead` batches of views and the one that is handed over, besides those that the consumer holds; for
     every worker the largest image and record that it has met; 56 bytes a sample of the file.
@@ -113,8 +115,19 @@ class ViewLoader:
         self.labels = np.full(summary.num_samples, -1, np.int64) if summary.labels is None else summary.labels
         self.seed = as_uint64(seed)[0]
         self.pinned = torch.cuda.is_available()
+        self.executor = ThreadPoolExecutor(workers, thread_name_prefix="view-loader")
         self._decode_views = decode_views_by(decoder)
         self._compile()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the threads; passes that are still under way fail."""
+        self.executor.shutdown(wait=True, cancel_futures=True)
 
     @property
     def num_samples(self) -> int:
@@ -132,7 +145,7 @@ class ViewLoader:
             indices: (batches, n) int64 samples; -1 is padding and dropped, so that a batch may be smaller, or empty.
             epoch: of the crops and flips.
 
-        Returns an iterator of Batch, also a context manager; closing it, or reaching its end, ends its threads.
+        Returns an iterator of Batch, also a context manager; closing it, or reaching its end, leaves nothing at work.
 
         Raises:
             ValueError: `indices` is not a table of samples of this file.
@@ -239,7 +252,6 @@ class ViewBatches:
             self._file = os.open(loader.beton, os.O_RDONLY)
         except OSError as error:
             raise LoaderError(f"{loader.beton} cannot be opened any more: {error.strerror}") from error
-        self._executor = ThreadPoolExecutor(loader.workers, thread_name_prefix="view-loader")
         self._closed = False
         try:
             self._check_unchanged()
@@ -260,8 +272,9 @@ class ViewBatches:
             self.close()
             raise StopIteration
         try:
-            indices, images, chunks = self._pending.popleft()
+            indices, images, chunks = self._pending[0]
             skipped = sum(chunk.result() for chunk in chunks)
+            self._pending.popleft()
             self._check_unchanged()
             self._schedule()
         except BaseException:
@@ -281,13 +294,17 @@ class ViewBatches:
             self.close()
 
     def close(self) -> None:
-        """Drops what is not decoded yet and waits for the chunks in hand: no thread and no open file is left."""
+        """Drops what is not decoded yet and waits for the chunks in hand: no thread is at work, no file is open."""
         if self._closed:
             return
         self._closed = True
+        chunks = [chunk for _, _, chunks in self._pending for chunk in chunks]
         self._pending.clear()
-        self._executor.shutdown(wait=True, cancel_futures=True)
-        os.close(self._file)
+        try:
+            wait([chunk for chunk in chunks if not chunk.cancel()])
+        finally:
+            self._loader._scratch = threading.local()  # the threads stay, their memory need not
+            os.close(self._file)
 
     def _check_unchanged(self) -> None:
         if _identity(os.fstat(self._file)) != self._loader.identity:
@@ -309,7 +326,7 @@ class ViewBatches:
         # The workers hold no reference to this iterator, so that dropping it closes it, and in the consumer's thread.
         decode = partial(loader._decode, self._file, self._epoch, indices, images.numpy())
         chunks = [
-            self._executor.submit(decode, slice(start, min(start + chunk, len(indices))))
+            loader.executor.submit(decode, slice(start, min(start + chunk, len(indices))))
             for start in range(0, len(indices), chunk)
         ]
         self._pending.append((indices, images, chunks))
