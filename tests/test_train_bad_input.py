@@ -131,6 +131,18 @@ def test_fewer_samples_than_one_global_batch(refused, data):
     assert "holds only 320 images" in message
 
 
+def test_a_cache_larger_than_memory(refused, data, monkeypatch):
+    monkeypatch.setattr("varscale.data.memory.available_memory", lambda: 1000)
+    message = refused(f"data.dir={data}", "data.os_cache=true")
+    assert f"{data / 'train.beton'} has" in message
+    assert "set data.os_cache=false" in message
+
+
+def test_ffcv_missing(refused, data, monkeypatch):
+    monkeypatch.setattr("varscale.data.libffcv.imdecode", lambda: None)
+    assert "set data.loader=torch" in refused(f"data.dir={data}")
+
+
 def test_output_directory_in_use(refused, data, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()

@@ -16,7 +16,7 @@ from PIL import Image
 
 pytest.importorskip("ffcv")
 
-from varscale.data import loader as loader_module
+from varscale.data import memory
 from varscale.data.geometry import CropSpec
 from varscale.data.loader import LoaderError, ViewLoader
 from varscale.data.names import write_names
@@ -251,7 +251,7 @@ def test_passes_take_no_memory_for_good(jpeg_beton):
 
 
 def test_a_file_larger_than_memory_is_streamed_or_refused(raw_beton, monkeypatch):
-    monkeypatch.setattr(loader_module, "available_memory", lambda: 1000)
+    monkeypatch.setattr(memory, "available_memory", lambda: 1000)
     assert ViewLoader(raw_beton, TWO_VIEWS, seed=0, workers=1, os_cache=None).os_cache is False
     with pytest.raises(UserError, match=r"raw\.beton has 0\.0 GB.*set data\.os_cache=false"):
         ViewLoader(raw_beton, TWO_VIEWS, seed=0, workers=1, os_cache=True)

@@ -14,7 +14,7 @@ from varscale.data.records import DAMAGED, DECODED, FILE_TOO_SHORT, OTHER_SIZE
 from varscale.data.resampling import resample
 
 if libffcv.imdecode() is None:
-    raise ImportError("FFCV's decoder is missing: FFCV is not installed, or was built for other system libraries")
+    raise ImportError("FFCV's decoder is missing")  # a call of it would end the process
 
 LARGEST_SHRINK = 8  # of a JPEG's blocks, while they are decoded
 

@@ -28,11 +28,10 @@ from varscale.data.beton import check_beton
 from varscale.data.buffers import Buffers
 from varscale.data.decoders import Decoder, decode_views_by
 from varscale.data.geometry import CropSpec, view_table, views_by_size
-from varscale.data.memory import available_memory
+from varscale.data.memory import can_be_cached, check_cached
 from varscale.data.names import sample_title
 from varscale.data.randomness import as_uint64
 from varscale.data.records import DAMAGED, DECODED, FAILURES, OTHER_SIZE, record_table, scratch_bytes
-from varscale.errors import UserError
 
 CHUNKS_PER_WORKER = 4  # small enough that workers finish a batch together, large enough that Python does not show
 MOST_SKIPPED_IN_A_ROW = 100  # more bad samples next to each other are no accident
@@ -102,12 +101,9 @@ class ViewLoader:
         self.skips_bad_samples = on_bad_sample == "skip"
         self.bad_samples: dict[int, str] = {}
         summary = check_beton(self.beton, num_classes=None, require_labels=False)
-        self.os_cache = _can_be_cached(self.beton) if os_cache is None else os_cache
-        if os_cache and not _can_be_cached(self.beton):
-            raise UserError(
-                f"{self.beton} has {_gigabytes(self.beton.stat().st_size)}, but only "
-                f"{_gigabytes(available_memory())} of memory are free to cache it: set data.os_cache=false to stream it"
-            )
+        if os_cache:
+            check_cached(self.beton)
+        self.os_cache = can_be_cached(self.beton) if os_cache is None else os_cache
         self.identity = _identity(os.stat(self.beton))
         self.records = record_table(summary)
         self.scratch_bytes = scratch_bytes(self.records)
@@ -330,14 +326,6 @@ class ViewBatches:
             for start in range(0, len(indices), chunk)
         ]
         self._pending.append((indices, images, chunks))
-
-
-def _can_be_cached(path: Path) -> bool:
-    return path.stat().st_size <= available_memory()
-
-
-def _gigabytes(size: int) -> str:
-    return f"{size / 1e9:.1f} GB"
 
 
 def _identity(status: os.stat_result) -> tuple[int, int, int, int]:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from varscale.config import BatchSizes, Config
 from varscale.data.dataset import BetonSummary, DatasetInfo, check_beton, check_counts, read_dataset_info
+from varscale.data.decoders import check_decoder
+from varscale.data.memory import check_cached
 from varscale.engine.manifest import refuse_another_run
 from varscale.engine.rundir import SUBMISSIONS, find_checkpoint, find_checkpoints, read_manifest
 from varscale.errors import UserError
@@ -56,12 +58,15 @@ class TrainingData:
 
 def check_training_data(config: Config, sizes: BatchSizes) -> TrainingData:
     """Read the data set's description and the metadata of both files; UserError where they do not fit the run."""
+    check_decoder(config.data.loader)
     info = read_dataset_info(config.data.dir)
     found = {}
     for split in ("train", "val"):
         path = config.data.dir / f"{split}.beton"
         found[split] = check_beton(path, num_classes=info.num_classes, require_labels=config.objective.needs_labels)
         check_counts(path, found[split], info, split)
+        if config.data.os_cache:
+            check_cached(path)
     if found["train"].num_samples < sizes.global_batch_size:
         raise UserError(
             f"batch.global_batch_size is {sizes.global_batch_size}, but {config.data.dir / 'train.beton'} "
