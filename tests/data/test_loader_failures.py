@@ -18,7 +18,7 @@ pytest.importorskip("ffcv")
 
 from varscale.data import memory
 from varscale.data.geometry import CropSpec
-from varscale.data.loader import LoaderError, ViewLoader
+from varscale.data.loader import LoaderError, ViewLoader, memory_needed
 from varscale.data.names import write_names
 from varscale.errors import UserError
 
@@ -284,6 +284,7 @@ def test_memory_does_not_grow_with_a_batchs_images(tmp_path, repository):
     result = subprocess.run(
         [sys.executable, "-c", PEAK, str(path)], capture_output=True, text=True, check=True, cwd=repository
     )
-    batches = (2 + 1 + 1) * 4096 * 2 * 32 * 32 * 3  # ahead, handed over, and the consumer's last one
-    workers = 2 * (500 * 500 * 3 + 200_000)
-    assert batches * 0.5 < int(result.stdout) < (batches + workers) * 1.2 + 8e6
+    options = {"batches_ahead": 2, "workers": 2, "samples": 8}
+    batches = memory_needed([CropSpec(32, (0.9, 1.0))] * 2, 4096, image_bytes=0, **options)
+    whole = memory_needed([CropSpec(32, (0.9, 1.0))] * 2, 4096, image_bytes=500 * 500 * 3 + 200_000, **options)
+    assert batches * 0.5 < int(result.stdout) < whole * 1.2 + 8e6

@@ -31,9 +31,10 @@ from varscale.data.geometry import CropSpec, view_table, views_by_size
 from varscale.data.memory import can_be_cached, check_cached
 from varscale.data.names import sample_title
 from varscale.data.randomness import as_uint64
-from varscale.data.records import DAMAGED, DECODED, FAILURES, OTHER_SIZE, record_table, scratch_bytes
+from varscale.data.records import DAMAGED, DECODED, FAILURES, OTHER_SIZE, RECORD, record_table, scratch_bytes
 
 CHUNKS_PER_WORKER = 4  # small enough that workers finish a batch together, large enough that Python does not show
+BYTES_PER_SAMPLE = RECORD.itemsize + 8 + 8  # its label, and the memory it takes
 MOST_SKIPPED_IN_A_ROW = 100  # more bad samples next to each other are no accident
 
 
@@ -64,8 +65,7 @@ class ViewLoader:
     so change the large ones' pixels, by less than 2.5 levels on average.
     A context manager: `close`, or dropping the loader, ends its threads.
 
-    Memory: `batches_ahead` batches of views and the one that is handed over, besides those that the consumer holds; for
-    every worker the largest image and record that it has met; 56 bytes a sample of the file.
+    Memory: see `memory_needed`.
 
     Args:
         beton: the file.
@@ -237,6 +237,18 @@ class ViewLoader:
         parts = images.split([count * views * size * size * 3 for size, views in self.groups])
         shapes = [(count, views, size, size, 3) for size, views in self.groups]
         return tuple(part.view(shape) for part, shape in zip(parts, shapes, strict=True))
+
+
+def memory_needed(
+    crops: Sequence[CropSpec], batch_size: int, *, batches_ahead: int, workers: int, image_bytes: int, samples: int
+) -> int:
+    """Bytes that a pass takes at most, whatever the size of the batch's images before they are cropped.
+
+    `batches_ahead` batches of views, the one that is handed over and the one that the consumer still holds; for every
+    worker the largest image, decoded, and its record, together `image_bytes`; 56 bytes for every sample of the file.
+    """
+    views = sum(crop.size**2 * 3 for crop in crops)
+    return (batches_ahead + 2) * batch_size * views + workers * image_bytes + samples * BYTES_PER_SAMPLE
 
 
 class ViewBatches:
