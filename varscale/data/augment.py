@@ -19,6 +19,7 @@ from varscale.data.colour import blur_, blur_bands, blur_kernel_size, grayscale_
 from varscale.data.compiled_colour import augment_images
 from varscale.data.operations import Chosen, draw_autoaugment, draw_randaugment, operate_
 from varscale.data.randomness import PHOTOMETRIC_DRAWS, as_uint64, stream, uniform
+from varscale.data.transfer import to_device
 
 # In pixels, images of CIFAR's kind: BYOL and SimCLR do not blur them, and AutoAugment has a policy for them.
 LARGEST_SMALL_IMAGE = 64
@@ -214,7 +215,7 @@ class Augmentation(nn.Module):
         policy = self.photometric[view]
         draws = np.arange(PHOTOMETRIC_DRAWS, PHOTOMETRIC_DRAWS + 13, dtype=np.uint64)
         number = uniform(self._streams(indices, epoch, view)[:, None], draws).astype(np.float32)
-        number = torch.from_numpy(number).to(self.scale.device, non_blocking=True)
+        number = to_device(torch.from_numpy(number), self.scale.device)
         strength = [policy.brightness, policy.contrast, policy.saturation]
         lows = [*(max(0.0, 1 - value) for value in strength), -policy.hue]
         highs = [*(1 + value for value in strength), policy.hue]

@@ -10,6 +10,7 @@ from varscale.data.augment import Augmentation
 from varscale.data.dataset import DatasetInfo
 from varscale.data.geometry import training_crops
 from varscale.data.loader import Batch, ViewLoader
+from varscale.data.transfer import to_device
 from varscale.engine.distributed import Ranks
 from varscale.engine.learners import Learner, MicroBatch
 from varscale.engine.optimizers import build_optimizer
@@ -57,10 +58,10 @@ def open_views(
 
     def augment(batch: Batch, epoch: int) -> MicroBatch:
         views = (
-            augmentation(images.to(ranks.device, non_blocking=True), batch.indices, epoch)
+            augmentation(to_device(images, ranks.device), batch.indices, epoch)
             for augmentation, images in zip(augmentations, batch.images, strict=True)
         )
-        labels, indices = (tensor.to(ranks.device, non_blocking=True) for tensor in (batch.labels, batch.indices))
+        labels, indices = (to_device(tensor, ranks.device) for tensor in (batch.labels, batch.indices))
         return MicroBatch(
             tuple(part.contiguous(memory_format=layout) for part in views), labels, indices, batch.skipped
         )
