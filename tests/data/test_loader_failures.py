@@ -267,8 +267,8 @@ from varscale.data.geometry import CropSpec
 from varscale.data.loader import ViewLoader
 sys.path.insert(0, "tools")
 from measuring import resident_growth
-loader = ViewLoader(Path(sys.argv[1]), [CropSpec(32, (0.9, 1.0))] * 2, seed=0, workers=2, batches_ahead=2)
-indices = np.resize(np.arange(loader.num_samples), (4, 4096))
+loader = ViewLoader(Path(sys.argv[1]), [CropSpec(32, (0.9, 1.0))] * 2, seed=0, workers=2, batches_ahead=1)
+indices = np.resize(np.arange(loader.num_samples), (3, 4096))
 def run():
     with loader.batches(indices, 0) as batches:
         for batch in batches:
@@ -284,7 +284,7 @@ def test_memory_does_not_grow_with_a_batchs_images(tmp_path, repository):
     result = subprocess.run(
         [sys.executable, "-c", PEAK, str(path)], capture_output=True, text=True, check=True, cwd=repository
     )
-    options = {"batches_ahead": 2, "workers": 2, "samples": 8}
+    options = {"batches_ahead": 1, "workers": 2, "samples": 8}
     batches = memory_needed([CropSpec(32, (0.9, 1.0))] * 2, 4096, image_bytes=0, **options)
     whole = memory_needed([CropSpec(32, (0.9, 1.0))] * 2, 4096, image_bytes=500 * 500 * 3 + 200_000, **options)
     assert batches * 0.5 < int(result.stdout) < whole * 1.2 + 8e6
