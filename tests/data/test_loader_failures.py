@@ -101,6 +101,13 @@ def test_a_bad_sample_can_be_skipped(damaged, jpeg_beton, capsys, workers, decod
     assert "sample 12 takes its place" in said
 
 
+def test_a_bad_sample_that_many_threads_meet_is_told_once(damaged, capsys):
+    path = damaged(lambda jpeg: bytes(len(jpeg)))
+    for _ in range(5):
+        load(path, np.full((1, 64), 11), on_bad_sample="skip", workers=8)
+        assert capsys.readouterr().err.count("sample 11 cannot be loaded") == 1
+
+
 def test_a_file_of_nothing_but_bad_samples_ends_the_iteration(copy):
     content = bytearray(copy.read_bytes())
     for record in ViewLoader(copy, TWO_VIEWS, seed=7, workers=1).records:

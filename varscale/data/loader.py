@@ -110,7 +110,7 @@ class ViewLoader:
         self.identity = _identity(os.stat(self.beton))
         self.records = record_table(summary)
         self.scratch_bytes = scratch_bytes(self.records)
-        self._scratch = threading.local()
+        self._scratch, self._warning = threading.local(), threading.Lock()
         self.labels = np.full(summary.num_samples, -1, np.int64) if summary.labels is None else summary.labels
         self.seed = as_uint64(seed)[0]
         self.pinned = torch.cuda.is_available()
@@ -223,9 +223,10 @@ class ViewLoader:
         if (bad - original) % self.num_samples >= min(MOST_SKIPPED_IN_A_ROW, self.num_samples) - 1:
             raise LoaderError(f"{message}, and neither can those before it, from sample {original} on")
         instead = (bad + 1) % self.num_samples
-        if bad not in self.bad_samples:
-            self.bad_samples[int(bad)] = FAILURES[status]
-            print(f"warning: {message}; sample {instead} takes its place", file=sys.stderr)
+        with self._warning:
+            if bad not in self.bad_samples:
+                self.bad_samples[int(bad)] = FAILURES[status]
+                print(f"warning: {message}; sample {instead} takes its place", file=sys.stderr)
         return instead
 
     def _advise(self, file: int, indices: np.ndarray, advice: int) -> None:
