@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from varscale.data.beton import check_beton
 from varscale.data.geometry import CropSpec
 from varscale.data.loader import ViewLoader
 
@@ -26,9 +27,19 @@ def smooth_image(random, height, width):
     return (np.stack(waves, -1) * 127 + 128).astype(np.uint8)
 
 
+def damage(beton, sample):
+    """Overwrites a sample's bytes with zeros."""
+    summary = check_beton(beton, num_classes=None, require_labels=False)
+    with open(beton, "r+b") as file:
+        file.seek(int(summary.offsets[sample]))
+        file.write(bytes(int(summary.num_bytes[sample])))
+
+
 def load(path, indices, epoch=4, crops=TWO_VIEWS, workers=1, **options):
-    loader = ViewLoader(path, crops, seed=7, workers=workers, **options)
-    with loader.batches(indices, epoch) as batches:
+    with (
+        ViewLoader(path, crops, seed=7, workers=workers, **options) as loader,
+        loader.batches(indices, epoch) as batches,
+    ):
         return list(batches)
 
 

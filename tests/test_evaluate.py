@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from betons import damage
+from PIL import Image
 
 from varscale.config import load_config
 from varscale.data.conversion import convert
@@ -239,6 +241,19 @@ def test_a_truncated_beton(run, tmp_path, data, capsys):
         (folder / name).write_bytes((data[0] / name).read_bytes())
     (folder / "val.beton").write_bytes((data[0] / "val.beton").read_bytes()[:-100])
     assert "val.beton" in refusal(["--checkpoint", str(run), "--data", str(folder), "knn"], capsys)
+
+
+def test_a_damaged_sample(run, tmp_path, capsys):
+    random = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for label in range(CLASSES):
+            path = tmp_path / "images" / split / f"class {label}" / "picture.jpg"
+            path.parent.mkdir(parents=True)
+            Image.fromarray(random.integers(0, 256, (8, 8, 3), np.uint8)).save(path)
+    convert(open_source(f"imagefolder:{tmp_path / 'images'}"), tmp_path / "other")
+    damage(tmp_path / "other" / "val.beton", 2)
+    message = refusal(["--checkpoint", str(run), "knn", "--data", str(tmp_path / "other")], capsys)
+    assert f"{tmp_path / 'other' / 'val.beton'}: sample 2 (val/class 2/picture.jpg) cannot be loaded" in message
 
 
 def test_a_checkpoint_of_another_architecture(run, capsys):

@@ -9,6 +9,7 @@ import pytest
 
 from varscale import train
 from varscale.config import OBJECTIVES, load_config, resolve_batch
+from varscale.data.beton import FIELD, HEADER, SAMPLE, check_beton
 from varscale.data.dataset import read_dataset_info
 from varscale.engine.checkpoints import write_checkpoint
 from varscale.engine.launch import check_training_data
@@ -120,7 +121,23 @@ def test_labels_outside_the_classes(refused, data, capsys):
     write_beton(data / "train.beton", with_labels=True, labels=[0, 1, 10])
     with_counts(data, 3)
     capsys.readouterr()
-    assert "label 10" in refused(f"data.dir={data}")
+    path = data / "train.beton"
+    name = (data / "train.names.txt").read_text().splitlines()[2]
+    for choice in ("stop", "skip"):  # a wrong label is no damage to be passed over
+        message = refused(f"data.dir={data}", f"data.on_bad_sample={choice}")
+        assert f"{path}: sample 2 ({name}) has label 10, but the data set has 10 classes" in message
+
+
+def test_labels_within_the_classes_that_were_changed(refused, data):
+    labels = check_beton(data / "train.beton", num_classes=None, require_labels=True).labels
+    sample = int(np.flatnonzero(labels == 3)[0])
+    start = HEADER.itemsize + 2 * FIELD.itemsize + sample * SAMPLE.itemsize + SAMPLE.fields["label"][1]
+    with (data / "train.beton").open("r+b") as file:
+        file.seek(start)
+        file.write(np.int64(4).tobytes())
+    count = int((labels == 3).sum())
+    message = refused(f"data.dir={data}")
+    assert f"holds {count - 1} images of class '3' (label 3), but dataset.json describes {count}" in message
 
 
 def test_a_beton_of_another_size_than_described(refused, data):
@@ -132,6 +149,18 @@ def test_fewer_samples_than_one_global_batch(refused, data):
     message = refused(f"data.dir={data}", "batch.global_batch_size=512")
     assert "global_batch_size is 512" in message
     assert "holds only 320 images" in message
+
+
+def test_a_cache_larger_than_memory(refused, data, monkeypatch):
+    monkeypatch.setattr("varscale.data.memory.available_memory", lambda: 1000)
+    message = refused(f"data.dir={data}", "data.os_cache=true")
+    assert f"{data / 'train.beton'} has" in message
+    assert "set data.os_cache=false" in message
+
+
+def test_ffcv_missing(refused, data, monkeypatch):
+    monkeypatch.setattr("varscale.data.libffcv.imdecode", lambda: None)
+    assert "set data.loader=torch" in refused(f"data.dir={data}")
 
 
 def test_output_directory_in_use(refused, data, tmp_path):

@@ -10,6 +10,9 @@ the given cores only. All load the same images, which were written just before a
 clock runs while the pipeline is full, from some batches after its start to some before its end. A contender that yields
 other views, or another number of them, than it was asked for ends the benchmark.
 
+No contender sees a GPU: "colour" is done by the cores that decode. What the augmentation costs on a GPU, beside a
+training step, is tools/bench_augmentation.py's to measure.
+
 DALI takes part where it is installed: pip install nvidia-dali-cuda120 (it needs no GPU).
 """
 
@@ -43,6 +46,15 @@ DALI = "nvidia-dali-cuda120"
 PACKAGES = ("torch", "torchvision", "pillow", "numba", "ffcv", "opencv-python", DALI)
 OURS = {CROP: "ours", COLOUR: "ours-colour"}  # of the same work
 
+# What was aimed at on 2 cores: (in words, contender, measured against which, ratio of their medians).
+AIMS = (
+    ("times FFCV with a decode for each view", "ours", "ffcv", 2.5),
+    ("times DALI on the CPU, crops and flips", "ours", "dali", 2.8),
+    ("times the pipeline on Pillow, which must change colours on the CPU", "ours", "pil-colour", 6),
+    ("share of decoding alone", "ours", "decoding", 0.6),
+    ("with colours on the same cores: times the pipeline on Pillow", "ours-colour", "pil-colour", 2.5),
+)
+
 Rates = dict[tuple[str, int], list[float]]  # (contender, cores): images a second, round by round
 
 
@@ -64,6 +76,7 @@ def main(arguments: list[str]) -> int:
     print(f"    {shlex.join(['python', 'tools/bench_loader.py', *shown])}\n")
     print(f"{description}; batches of {options.batch_size}; medians of {options.rounds} rounds. {machine()}\n")
     print(table(rates))
+    print(f"\n{aims(rates)}")
     return 0
 
 
@@ -184,6 +197,20 @@ def table(rates: Rates) -> str:
         cells += [f"{medians[key]:,.0f}", f"{min(found):,.0f} - {max(found):,.0f}"]
         cells += [quotient(key, OURS.get(contender.work), ".2f"), quotient(key, "decoding", ".0%")]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def aims(rates: Rates) -> str:
+    """One row for each aim, a column for each number of cores; "-" where a contender did not take part."""
+    medians = {key: statistics.median(found) for key, found in rates.items()}
+    cores = sorted({number for _, number in rates})
+    heads = ["", "aim, 2 cores", *(f"{number} core{'s' * (number > 1)}" for number in cores)]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for words, ours, other, aim in AIMS:
+        form = ".0%" if aim < 1 else ".1f"
+        both = [(medians.get((ours, number)), medians.get((other, number))) for number in cores]
+        cells = [words, format(aim, form), *(format(a / b, form) if a and b else "-" for a, b in both)]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

@@ -24,6 +24,7 @@ from varscale.errors import UserError
 
 NAMED_FILES = 20  # undecodable files named on the screen
 SMALL_IMAGES = 64  # pixels a side up to which images are trained on as they are, as CIFAR's
+VIEWS = 6  # drawn of each sample where no recipe says how many there are
 LARGE_VIEWS = 224  # pixels a side of the views of larger ones
 
 DESCRIPTION = """\
@@ -101,11 +102,12 @@ def parse_inspection(arguments: list[str]) -> argparse.Namespace:
         "them, cropped and augmented as in training.",
     )
     parser.add_argument("path", metavar="DIR", type=Path, help="the data set, or one .beton")
-    parser.add_argument("--config", metavar="RECIPE", help="take size, crops and augmentation from this recipe")
+    parser.add_argument("--config", metavar="RECIPE", help="take views and augmentation from this recipe")
     policies = get_args(DataConfig.model_fields["augmentation"].annotation)
     parser.add_argument("--augmentation", choices=policies, help="draw this one")
     parser.add_argument("--rows", metavar="N", type=_whole(1, 100), default=8, help="samples (default: 8)")
-    parser.add_argument("--views", metavar="V", type=_whole(1, 20), default=6, help="views of each (default: 6)")
+    views = f"large views of each (default: the recipe's, or {VIEWS})"
+    parser.add_argument("--views", metavar="V", type=_whole(1, 20), help=views)
     parser.add_argument("--seed", type=_whole(0, 2**32 - 1), default=0, help="of the samples and views (default: 0)")
     parser.add_argument("--out", metavar="PNG", type=Path, help="the drawing (default: NAME-views.png in this folder)")
     return parser.parse_args(arguments)
@@ -210,8 +212,8 @@ def run_inspection(options: argparse.Namespace) -> int:
 
     contents = open_contents(options.path)
     print(describe(contents))
-    data = _views(contents, options.config, options.augmentation)
-    sheet = contact_sheet(contents, data, rows=options.rows, views=options.views, seed=options.seed)
+    data = _views(contents, options)
+    sheet = contact_sheet(contents, data, rows=options.rows, seed=options.seed)
     out = options.out or Path(f"{options.path.resolve().stem}-views.png")
     try:
         sheet.save(out, "PNG")
@@ -221,12 +223,13 @@ def run_inspection(options: argparse.Namespace) -> int:
     return 0
 
 
-def _views(contents: Contents, recipe: str | None, augmentation: str | None) -> DataConfig:
-    if recipe:
-        return load_config(recipe, [f"data.augmentation={augmentation}"] if augmentation else []).data
+def _views(contents: Contents, options: argparse.Namespace) -> DataConfig:
+    chosen = {"augmentation": options.augmentation, "views": options.views}
+    chosen = {key: value for key, value in chosen.items() if value is not None}
+    if options.config:
+        return load_config(options.config, [f"data.{key}={value}" for key, value in chosen.items()]).data
     largest = max(int(max(summary.heights.max(), summary.widths.max())) for summary in contents.summaries.values())
-    policy = {"augmentation": augmentation} if augmentation else {}
-    return DataConfig(image_size=largest if largest <= SMALL_IMAGES else LARGE_VIEWS, **policy)
+    return DataConfig(image_size=largest if largest <= SMALL_IMAGES else LARGE_VIEWS, **{"views": VIEWS} | chosen)
 
 
 def _complain(message: str, error: BaseException) -> None:

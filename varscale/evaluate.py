@@ -27,7 +27,8 @@ from torch.nn import functional as F
 
 from varscale.config import Config, Section, parse_section
 from varscale.data.dataset import DatasetInfo, read_dataset_info
-from varscale.data.geometry import CropSpec
+from varscale.data.geometry import training_crops
+from varscale.data.loader import LoaderError
 from varscale.encoder.runs import new_encoder, trained_encoder, training_data
 from varscale.engine.checkpoints import read_part
 from varscale.engine.launch import report_user_error
@@ -60,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     try:
         evaluate(options)
-    except UserError as error:
+    except (UserError, LoaderError) as error:
         return report_user_error(error)
     return 0
 
@@ -213,17 +214,18 @@ def pixels(images: Tensor) -> Tensor:
 def open_images(directory: Path, info: DatasetInfo, trained_on: DatasetInfo, config: Config, workers: int) -> Images:
     """The data set, cropped, flipped and normalised as the encoder knows it from its training."""
     data = config.data
-    crop = CropSpec(data.image_size, data.crop_scale, data.crop_ratio, data.flip, data.interpolation)
     return Images(
         directory,
         info,
-        random_crop=crop,
+        random_crop=training_crops(data)[0],
         mean=trained_on.mean,
         std=trained_on.std,
         seed=config.seed,
         workers=workers,
         decoder=data.loader,
         policy=data.augmentation,
+        on_bad_sample=data.on_bad_sample,
+        os_cache=data.os_cache,
     )
 
 

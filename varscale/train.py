@@ -94,7 +94,8 @@ def train(config: Config, sizes: BatchSizes, deepspeed: dict, resume: str | None
     try:
         reason = run_through(Job(config, sizes, deepspeed, data), origin, ranks, stop)
         distributed.meet(ranks)
-    except UserError:  # on all ranks
+    except UserError as error:  # on all ranks, or what this node alone lacks
+        distributed.announce_failure(ranks, str(error))
         raise
     except LoaderError as error:  # on this rank alone
         distributed.announce_failure(ranks, str(error))

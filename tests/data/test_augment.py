@@ -14,6 +14,7 @@ from varscale.config.schema import DataConfig
 from varscale.data import colour
 from varscale.data.augment import POLICIES, Augmentation, random_positions
 from varscale.data.operations import OPERATIONS as NAMES
+from varscale.data.transfer import to_device
 
 MEAN, STD = (0.48, 0.45, 0.4), (0.23, 0.22, 0.25)
 OPERATIONS = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
@@ -161,6 +162,19 @@ def test_policies_equal_torchvision_with_the_same_parameters(policy, size, compi
         assert difference.max() < 1e-4
 
 
+@pytest.mark.parametrize("policy", ["byol", "stacked_randaugment"])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_half_precision_is_float32_rounded_once(policy, compiled):
+    images, indices = views(5, 2, 80), torch.arange(5)
+    full, half = (
+        Augmentation(policy, 2, 80, MEAN, STD, seed=11, dtype=dtype, compiled=compiled)(images, indices, epoch=6)
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    assert half.dtype == torch.bfloat16
+    assert half.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(half, full.bfloat16())
+
+
 @pytest.mark.parametrize("policy", ["simaugment", "byol", "autoaugment", "stacked_randaugment"])
 @pytest.mark.parametrize("size", [32, 80, 224])
 @pytest.mark.parametrize("compiled", [True, False])
@@ -294,19 +308,70 @@ def test_the_configuration_names_the_same_policies():
     assert set(get_args(DataConfig.model_fields["augmentation"].annotation)) == set(POLICIES)
 
 
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@on_a_gpu
 @pytest.mark.parametrize("policy", POLICIES)
-def test_the_gpu_gives_the_same_without_waiting(policy):
+def test_the_gpu_gives_the_same(policy):
     images, indices = views(16, 2, 96), torch.arange(16)
     augmentation = Augmentation(policy, 2, 96, MEAN, STD, seed=3)
     expected = augmentation(images, indices, epoch=2)
-    on_gpu, images = augmentation.cuda(), images.cuda()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        output = on_gpu(images, indices, epoch=2)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    output = augmentation.cuda()(images.cuda(), indices, epoch=2)
     # A value next to a threshold, or to the next level, may fall on its other side.
     changed = 0.02 if augmentation.photometric[0].operations else 1e-4
     assert ((output.cpu() - expected).abs() > 1e-4).float().mean() < changed
+
+
+@pytest.mark.gpu
+@on_a_gpu
+@pytest.mark.parametrize("policy", POLICIES)
+def test_the_host_does_not_wait_for_the_gpu(policy):
+    count = 4096
+    augmentation = Augmentation(policy, 2, 32, MEAN, STD, seed=3).cuda()
+    images, indices = views(count, 2, 32).cuda(), torch.arange(count)
+    augmentation(images, indices, epoch=1)  # the first call takes memory, which the host waits for
+    torch.cuda.synchronize()
+    torch.cuda._sleep(20_000_000_000)  # 10 seconds at 2 GHz
+    asleep = torch.cuda.Event()
+    asleep.record()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        augmentation(images, indices, epoch=2)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert not asleep.query()
+    torch.cuda.synchronize()
+
+
+@pytest.mark.gpu
+@on_a_gpu
+@pytest.mark.parametrize("policy", ["simaugment", "byol", "stacked_randaugment"])
+def test_a_sample_alone_equals_itself_in_a_batch_on_the_gpu(policy):
+    augmentation = Augmentation(policy, 2, 96, MEAN, STD, seed=11).cuda()
+    images, indices = views(24, 2, 96).cuda(), torch.arange(24) * 17
+    together = augmentation(images, indices, epoch=1).unflatten(0, (2, 24))
+    for n in range(0, 24, 5):
+        alone = augmentation(images[n : n + 1], indices[n : n + 1], epoch=1)
+        torch.testing.assert_close(alone, together[:, n], atol=1e-5, rtol=0)
+
+
+@pytest.mark.gpu
+@on_a_gpu
+def test_code_compiled_for_the_gpu_gives_the_same_views():
+    augmentation = Augmentation("byol", 2, 96, MEAN, STD, seed=11).cuda()
+    images, indices = views(8, 2, 96).cuda(), torch.arange(8)
+    expected = augmentation(images, indices, epoch=5)
+    compiled = torch.compile(augmentation)(images, indices, epoch=5)
+    assert ((compiled - expected).abs() > 1e-4).float().mean() < 1e-4
+
+
+@pytest.mark.gpu
+@on_a_gpu
+def test_what_is_sent_to_the_gpu_is_what_arrives():
+    sent = [torch.randint(0, 99, (1000,)) for _ in range(50)]
+    torch.cuda._sleep(200_000_000)
+    arrived = [to_device(tensor.clone(), torch.device("cuda")) for tensor in sent]
+    for ours, theirs in zip(arrived, sent, strict=True):
+        assert torch.equal(ours.cpu(), theirs)

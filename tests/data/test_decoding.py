@@ -15,6 +15,7 @@ from torchvision.transforms.v2 import functional as F
 
 from varscale.data.decoding import jpeg_size
 from varscale.data.geometry import CropSpec, crop_geometry, view_table
+from varscale.data.jpeg_header import frame_size
 from varscale.data.randomness import as_uint64, stream
 
 SEED, EPOCH = as_uint64(3)[0], as_uint64(9)[0]
@@ -124,6 +125,9 @@ def test_jpeg_size_reads_the_frame_header(progressive):
     assert jpeg_size(jpeg) == (300, 517)
     for length in range(0, 40, 3):
         assert jpeg_size(jpeg[:length]) == (0, 0)
+    # Markers that stand alone, and fill bytes, which Pillow and TurboJPEG pass over.
+    odd = np.concatenate([jpeg[:2], np.frombuffer(b"\xff\x01\xff\xd3\xff\xff\xff", np.uint8), jpeg[2:]])
+    assert jpeg_size(odd) == frame_size(odd.tobytes()) == (300, 517)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,10 @@ from PIL import Image, ImageOps
 from varscale.data import images, libffcv
 from varscale.data.beton import MODE_JPEG, MODE_RAW, check_beton
 from varscale.data.conversion import UndecodableFiles, convert
+from varscale.data.decoders import installed_decoder
+from varscale.data.geometry import CropSpec
 from varscale.data.images import ImageOptions
+from varscale.data.loader import ViewLoader
 from varscale.errors import UserError
 
 HAS_FFCV = libffcv.imdecode() is not None
@@ -119,6 +122,15 @@ def test_max_resolution_shrinks_the_longer_side(tmp_path, size, expected):
 
 
 @pytest.mark.skipif(not HAS_FFCV, reason="needs FFCV's decoder: pip install ffcv")
+def test_a_jpeg_that_is_kept_can_be_loaded(tmp_path):
+    odd = GOOD[:2] + b"\xff\xd3" + GOOD[2:]  # a marker that stands alone, which every decoder passes over
+    conversion = convert(folder_source(tmp_path / "in", {"cat/a.jpg": odd}), tmp_path / "out")
+    assert conversion.storage == {"kept": 1, "raw": 4}
+    options = {"seed": 0, "workers": 1, "decoder": installed_decoder()}
+    with ViewLoader(tmp_path / "out" / "train.beton", [CropSpec(16, None)], **options) as loader:
+        assert sum(len(batch.indices) for batch in loader.batches(np.arange(3)[None], epoch=0)) == 3
+
+
 def test_a_damaged_jpeg_that_pillow_overlooks_is_mended_and_named(tmp_path):
     scan = GOOD.index(b"\xff\xda") + 20
     for position in range(scan, len(GOOD) - 2):

@@ -4,13 +4,15 @@ import re
 
 import numpy as np
 import pytest
+import torch
+from betons import load
 from pictures import GOOD, encoded, folder_source, picture, pixels_of, stored
 
 from varscale.config.schema import DataConfig
 from varscale.data.contact_sheet import contact_sheet, spread, stored_image, views_of
 from varscale.data.conversion import convert
 from varscale.data.dataset import read_dataset_info
-from varscale.data.geometry import CropSpec
+from varscale.data.geometry import CropSpec, training_crops
 from varscale.data.inspection import describe, open_contents
 from varscale.data.loader import ViewLoader
 from varscale.errors import UserError
@@ -50,26 +52,54 @@ def test_a_lone_beton_is_told_without_what_is_not_known(directory, tmp_path):
 def test_views_are_those_of_training_without_normalisation(directory, tmp_path, name):
     (tmp_path / "lone.beton").write_bytes((directory / "train.beton").read_bytes())
     contents, indices = open_contents(tmp_path / name), np.array([1, 7, 8])
-    data = DataConfig(image_size=24, augmentation="crop_flip")
-    seen = views_of(next(iter(contents.betons.values())), contents, data, indices, views=3, seed=5)
+    data = DataConfig(image_size=24, views=3, augmentation="crop_flip")
+    (seen,) = views_of(next(iter(contents.betons.values())), contents, data, indices, seed=5)
     crops = [CropSpec(24, data.crop_scale, data.crop_ratio, data.flip, data.interpolation)] * 3
     with ViewLoader(directory / "train.beton", crops, seed=5, workers=1).batches(indices[None], epoch=0) as batches:
         np.testing.assert_array_equal(seen, next(batches).images[0].numpy())
-    augmented = views_of(next(iter(contents.betons.values())), contents, DataConfig(image_size=24), indices, 3, 5)
+    data = DataConfig(image_size=24, views=3)
+    (augmented,) = views_of(next(iter(contents.betons.values())), contents, data, indices, seed=5)
     assert np.abs(augmented.astype(int) - seen).mean() > 5
+
+
+def test_without_augmentation_all_views_are_the_evaluation_crop(directory):
+    contents, indices = open_contents(directory), np.array([1, 7, 8])
+    data = DataConfig(image_size=24, augmentation="none", views=3, local_views=2, local_size=16)
+    whole = [CropSpec(24, None, flip=0.0)] * 3 + [CropSpec(16, None, flip=0.0)] * 2
+    expected = load(directory / "train.beton", indices[None], 0, whole)[0].images
+    for epoch in range(3):
+        (batch,) = load(directory / "train.beton", indices[None], epoch, training_crops(data))
+        for images, crops in zip(batch.images, expected, strict=True):
+            assert torch.equal(images, crops[:, :1].expand_as(images))
+    for seen, crops in zip(views_of(contents.betons["train"], contents, data, indices, seed=5), expected, strict=True):
+        np.testing.assert_array_equal(seen, crops)
 
 
 def test_the_sheet_has_a_row_a_sample_and_a_column_a_view(directory):
     contents = open_contents(directory)
-    data = DataConfig(image_size=24, augmentation="crop_flip")
-    sheet = np.asarray(contact_sheet(contents, data, rows=4, views=3, seed=0))
+    data = DataConfig(image_size=24, views=3, augmentation="crop_flip")
+    sheet = np.asarray(contact_sheet(contents, data, rows=4, seed=0))
     indices = spread(contents.summaries["train"].labels, 9, 4, seed=0)
-    seen = views_of(contents.betons["train"], contents, data, indices, 3, 0).repeat(4, 2).repeat(4, 3)
+    seen = views_of(contents.betons["train"], contents, data, indices, 0)[0].repeat(4, 2).repeat(4, 3)
     bottom, right = sheet.shape[0] - 24, sheet.shape[1] - 24  # a margin
     np.testing.assert_array_equal(sheet[bottom - 96 : bottom, right - 96 : right], seen[3, 2])
     np.testing.assert_array_equal(sheet[bottom - 198 : bottom - 102, right - 198 : right - 102], seen[2, 1])
-    wider = contact_sheet(contents, data, rows=2, views=4, seed=0)
+    wider = contact_sheet(contents, data.model_copy(update={"views": 4}), rows=2, seed=0)
     assert (wider.width - sheet.shape[1], wider.height - sheet.shape[0]) == (102, -204)
+
+
+def test_small_views_stand_behind_the_large_ones(directory):
+    contents, data = open_contents(directory), DataConfig(image_size=24, local_views=2, local_size=16)
+    sheet = np.asarray(contact_sheet(contents, data, rows=4, seed=0))
+    indices = spread(contents.summaries["train"].labels, 9, 4, seed=0)
+    large, small = views_of(contents.betons["train"], contents, data, indices, 0)
+    assert (large.shape, small.shape) == ((4, 2, 24, 24, 3), (4, 2, 16, 16, 3))
+    bottom, right = sheet.shape[0] - 24, sheet.shape[1] - 24
+    last = small.repeat(6, 2).repeat(6, 3)[3, 1]
+    np.testing.assert_array_equal(sheet[bottom - 96 : bottom, right - 96 : right], last)
+    right -= 2 * 102 + 6  # two small views and the wider gap before them
+    last = large.repeat(4, 2).repeat(4, 3)[3, 1]
+    np.testing.assert_array_equal(sheet[bottom - 96 : bottom, right - 96 : right], last)
 
 
 def test_the_stored_image_is_drawn_as_it_is(directory):
@@ -94,4 +124,4 @@ def test_a_damaged_sample_is_told(tmp_path):
     content = (out / "train.beton").read_bytes()
     (out / "train.beton").write_bytes(content.replace(GOOD[-60:], bytes(60)))
     with pytest.raises(UserError, match=r"sample 0 .*; convert_dataset\.py verify names all"):
-        contact_sheet(open_contents(out), DataConfig(image_size=16), rows=3, views=1, seed=0)
+        contact_sheet(open_contents(out), DataConfig(image_size=16), rows=3, seed=0)

@@ -1,5 +1,6 @@
 """The loader: the right pixels, and the same ones for any number of workers, order and size of batches."""
 
+import hashlib
 import subprocess
 import sys
 
@@ -14,9 +15,11 @@ pytest.importorskip("ffcv")
 
 from ffcv.libffcv import imdecode
 
-from varscale.data.geometry import CropSpec, crop_geometry, view_table
+from varscale.data.augment import Augmentation
+from varscale.data.geometry import CropSpec, crop_geometry, view_table, views_by_size
 from varscale.data.loader import ViewLoader
 from varscale.data.randomness import as_uint64, stream
+from varscale.data.sampling import epoch_order, rank_batches
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -53,6 +56,7 @@ def test_views_are_torchvisions_crops_of_the_decoded_image(jpeg_beton):
     assert 5 < flips < 35
 
 
+PAPERS = (*[CropSpec(224, (0.3, 1.0))] * 2, *[CropSpec(96, (0.05, 0.3))] * 6)  # multi-crop as SwAV has it
 MULTI_CROP = (*[CropSpec(32, (0.3, 1.0))] * 2, *[CropSpec(16, (0.05, 0.3))] * 3, CropSpec(8, None))
 
 
@@ -63,7 +67,7 @@ def test_views_of_several_sizes_come_one_tensor_a_size(jpeg_beton):
         (COUNT, 3, 16, 16, 3),
         (COUNT, 1, 8, 8, 3),
     ]
-    # A view does not depend on which others are cut beside it, nor on the size of the batch.
+    # A view does not depend on which others are cut beside it (but for shrinking), nor on the size of the batch.
     (large,) = load(jpeg_beton, np.arange(COUNT)[None], crops=MULTI_CROP[:2])
     assert torch.equal(batch.images[0], large.images[0])
     for single in load(jpeg_beton, np.arange(COUNT)[:, None], crops=MULTI_CROP):
@@ -73,13 +77,17 @@ def test_views_of_several_sizes_come_one_tensor_a_size(jpeg_beton):
 
 
 @pytest.fixture(scope="module")
-def large_beton(tmp_path_factory):
+def large_images():
     """Large smooth images of even sides, and one that is odd."""
     random = np.random.default_rng(3)
     slow = [smooth_image(random, 40, 40) for _ in range(4)]
     sides = [(256, 256), (512, 400), (200, 640), (301, 263)]
-    images = [np.asarray(Image.fromarray(image).resize(side[::-1])) for image, side in zip(slow, sides, strict=True)]
-    return write_beton(tmp_path_factory.mktemp("large") / "large.beton", images, "jpg")
+    return [np.asarray(Image.fromarray(image).resize(side[::-1])) for image, side in zip(slow, sides, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def large_beton(tmp_path_factory, large_images):
+    return write_beton(tmp_path_factory.mktemp("large") / "large.beton", large_images, "jpg")
 
 
 @pytest.mark.parametrize("size", [24, 60, 100])
@@ -112,16 +120,20 @@ def test_one_crop_that_needs_the_pixels_keeps_the_image_whole(large_beton):
     assert (batch.images[0][0, 0].int() - expected.int()).abs().max() <= 1
 
 
-@pytest.mark.parametrize("crops", [TWO_VIEWS, MULTI_CROP])
-@pytest.mark.parametrize("kind", ["jpeg", "raw"])
+@pytest.mark.parametrize("crops", [TWO_VIEWS, MULTI_CROP, PAPERS])
+@pytest.mark.parametrize("kind", ["jpeg", "raw", "large"])
 def test_torch_decodes_the_same_views(kind, crops, request):
-    path, indices = request.getfixturevalue(f"{kind}_beton"), np.arange(COUNT).reshape(1, COUNT)
+    path = request.getfixturevalue(f"{kind}_beton")
+    indices = np.arange(4 if kind == "large" else COUNT)[None]
     (ours,), (theirs,) = (load(path, indices, crops=crops, decoder=decoder) for decoder in ("ffcv", "torch"))
+    assert [images.shape[1:3] for images in ours.images] == [(count, size) for size, count in views_by_size(crops)]
     assert torch.equal(ours.labels, theirs.labels)
     for images, reference in zip(ours.images, theirs.images, strict=True):
         difference = (images.int() - reference.int()).abs()
         if kind == "raw":
             assert difference.max() <= 1
+        elif kind == "large":  # some are shrunk while they are decoded
+            assert difference.float().mean() < 2.5
         else:  # two inverse cosine transforms: FFCV asks for the fast one
             assert difference.float().mean() < 1.5
             assert difference.max() <= 24
@@ -155,6 +167,50 @@ def test_views_depend_on_seed_epoch_sample_and_view_alone(kind, request):
     later = by_sample(load(path, np.arange(COUNT)[None], epoch=5))
     assert np.mean([np.array_equal(later[sample], reference[sample]) for sample in later]) < 0.1
     assert not np.array_equal(reference[0][0], reference[0][1])
+
+
+@pytest.fixture(scope="module")
+def mixed_beton(tmp_path_factory, large_images):
+    """Small images, and large ones that are shrunk while they are decoded."""
+    random = np.random.default_rng(4)
+    images = [smooth_image(random, *random.integers(24, 64, 2)) for _ in range(14)] + large_images
+    return write_beton(tmp_path_factory.mktemp("mixed") / "mixed.beton", images, "jpg")
+
+
+def finished_views(path, decoder, world_size, micro_batch_size, workers, first=0):
+    """{(sample, size of views): SHA-256} over an epoch of all ranks from step `first` on, augmented and normalised."""
+    crops = [CropSpec(32, (0.9, 1.0))] * 2 + [CropSpec(24, (0.3, 0.9))] * 3
+    augmentations = [
+        Augmentation("byol", count, size, (0.5,) * 3, (0.2,) * 3, seed=7, first_view=before)
+        for count, size, before in ((2, 32, 0), (3, 24, 2))
+    ]
+    found = {}
+    with ViewLoader(path, crops, seed=7, workers=workers, decoder=decoder) as loader:
+        order = epoch_order(loader.num_samples, 7, 3)
+        sizes = {"global_batch_size": 8, "micro_batch_size": micro_batch_size}
+        for rank in range(world_size):
+            plan = rank_batches(order, rank=rank, world_size=world_size, **sizes)[first:]
+            with loader.batches(plan.reshape(-1, micro_batch_size), epoch=3) as batches:
+                for batch in batches:
+                    for augmentation, images in zip(augmentations, batch.images, strict=True):
+                        views = augmentation(images, batch.indices, epoch=3).unflatten(0, (-1, len(batch.indices)))
+                        for number, sample in enumerate(batch.indices.tolist()):
+                            digest = hashlib.sha256(views[:, number].contiguous().numpy().tobytes())
+                            assert (sample, images.shape[2]) not in found
+                            found[sample, images.shape[2]] = digest.hexdigest()
+    return found
+
+
+@pytest.mark.parametrize("decoder", ["ffcv", "torch"])
+def test_an_epoch_is_the_same_on_any_ranks_micro_batches_and_workers_and_after_a_restart(mixed_beton, decoder):
+    whole = finished_views(mixed_beton, decoder, world_size=1, micro_batch_size=8, workers=1)
+    assert len(whole) == 2 * 16  # of 18 samples, in two steps
+    assert {sample for sample, _ in whole} & {14, 15, 16, 17}
+    assert finished_views(mixed_beton, decoder, world_size=2, micro_batch_size=2, workers=3) == whole
+    assert finished_views(mixed_beton, decoder, world_size=4, micro_batch_size=1, workers=2) == whole
+    resumed = finished_views(mixed_beton, decoder, world_size=2, micro_batch_size=4, workers=2, first=1)
+    assert len(resumed) == 16
+    assert resumed.items() <= whole.items()
 
 
 def test_loaders_run_side_by_side_and_again(jpeg_beton, raw_beton):

@@ -28,6 +28,13 @@ def test_partitioned_memory_is_a_share(plan):
         assert float(shared[name][0]) == pytest.approx(float(whole[name][0]) / 4, abs=1e-3)
 
 
+def test_the_loaders_memory_is_named(plan):
+    memory, _ = plan("zero0", 1)
+    # 5 micro-batches of 64 images, two views of 16 pixels each, and 2 times a worker's image; 320 samples.
+    assert float(memory["loader"][0]) == pytest.approx(5 * 64 * 2 * 16 * 16 * 3 / 2**30, abs=1e-3)
+    assert " ".join(memory["loader"][1:]).startswith("GiB of the host's: 5 micro-batches of views")
+
+
 def test_messages_are_listed_for_several_ranks(plan):
     (_, alone), (_, stage_0), (_, stage_3) = plan("zero0", 1), plan("zero0", 4), plan("zero3", 4)
     assert not alone

@@ -1,14 +1,18 @@
 """Feature extraction through the real loader: each sample once, in order, whatever the batches and ranks."""
 
+import io
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from varscale.data.augment import Augmentation
+from varscale.data.beton import MODE_JPEG, BetonWriter
 from varscale.data.conversion import convert
+from varscale.data.decoders import installed_decoder
 from varscale.data.geometry import CropSpec
 from varscale.data.loader import ViewLoader
 from varscale.data.sources import open_source
@@ -103,6 +107,35 @@ def test_a_stream_keeps_the_order_asked_for(loader, normalise):
     assert torch.cat([part.indices for part in parts]).tolist() == order.tolist()
     everything = extract(Network(), loader, normalise, 2)
     assert torch.equal(torch.cat([part.features for part in parts]), everything.features[order])
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """JPEGs of which samples 4 and 5 and the last one, 12, are nothing but zeros."""
+    path = tmp_path_factory.mktemp("damaged") / "damaged.beton"
+    random = np.random.default_rng(0)
+    with BetonWriter(path, 13) as writer:
+        for index in range(13):
+            buffer = io.BytesIO()
+            Image.fromarray(random.integers(0, 256, (SIZE, SIZE, 3), np.uint8)).save(buffer, "JPEG")
+            jpeg = buffer.getvalue()
+            writer.append(MODE_JPEG, SIZE, SIZE, bytes(len(jpeg)) if index in (4, 5, 12) else jpeg, index)
+    return path
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 20])
+def test_bad_samples_that_the_loader_passes_over_are_left_out(damaged, normalise, batch_size):
+    options = {"seed": 0, "workers": 1, "decoder": installed_decoder(), "on_bad_sample": "skip"}
+    loader = ViewLoader(damaged, [CropSpec(SIZE, None)], **options)
+    found = extract(Network(), loader, normalise, batch_size)
+    sound = [0, 1, 2, 3, 6, 7, 8, 9, 10, 11]
+    assert found.indices.tolist() == found.labels.tolist() == sound
+    options = {"rank": 0, "world_size": 1, "device": CPU}
+    order = np.array([5, 11, 12, 6])
+    parts = encode_batches(Network(), loader, normalise, order, batch_size=batch_size, **options)
+    features, labels, indices = (torch.cat(column) for column in zip(*parts, strict=True))
+    assert indices.tolist() == labels.tolist() == [11, 6]
+    assert torch.equal(features, found.features[[sound.index(11), sound.index(6)]])
 
 
 def test_half_precision_features_come_back_in_float32(loader, normalise):

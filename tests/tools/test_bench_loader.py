@@ -23,7 +23,8 @@ def run(repository, *arguments):
 
 def rows(ended):
     assert ended.returncode == 0, ended.stderr
-    table = [line.strip("| ").split(" | ") for line in ended.stdout.splitlines() if line.startswith("| ")]
+    rates = ended.stdout.split("\n\n|  |")[0]
+    table = [line.strip("| ").split(" | ") for line in rates.splitlines() if line.startswith("| ")]
     assert {len(row) for row in table} == {7}
     for row in table[1:]:
         low, high = row[4].split(" - ")
@@ -41,6 +42,20 @@ def test_every_loader_of_jpegs_has_a_row(repository):
     assert table[-1][5:] == ["-", "100%"]
     assert "6 JPEG images (6 different), 500 x 375" in ended.stdout
     assert "python tools/bench_loader.py --rounds 1" in ended.stdout
+
+
+def test_the_ratios_aimed_at_are_those_of_the_medians(bench):
+    rates = {("ours", 2): [50, 60, 900], ("ffcv", 2): [20, 20, 1], ("decoding", 2): [100], ("ours", 1): [30]}
+    rates |= {("pil-colour", 1): [4], ("ours-colour", 1): [10]}
+    rows = [line.strip("| ").split(" | ") for line in bench.aims(rates).splitlines()]
+    assert rows[0][-2:] == ["1 core", "2 cores"]
+    assert [row[1:] for row in rows[2:]] == [
+        ["2.5", "-", "3.0"],
+        ["2.8", "-", "-"],
+        ["6.0", "7.5", "-"],
+        ["60%", "-", "60%"],
+        ["2.5", "2.5", "-"],
+    ]
 
 
 def test_raw_images_of_an_archive(repository, tmp_path):

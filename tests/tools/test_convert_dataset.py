@@ -172,6 +172,10 @@ def test_inspection_tells_and_draws(main, archive, tmp_path, monkeypatch, capsys
     assert main(["inspect", "out/val.beton", *options, "--out", "other.png"]) == 0
     own, recipe = (Image.open(name).size for name in ("out-views.png", "other.png"))
     assert own[0] != recipe[0]  # views of 30 pixels, the data's, and of 32, the recipe's
+    options = ["--config", "cifar10-vssl", "--rows", "3"]
+    assert main(["inspect", "out", *options, "--out", "as-trained.png"]) == 0
+    assert Image.open("as-trained.png").width == recipe[0]  # the recipe's two views
+    capsys.readouterr()
     assert main(["inspect", "out", "--augmentation", "simcrl"]) == 2
     assert "invalid choice: 'simcrl'" in capsys.readouterr().err
     assert main(["inspect", "out", "--config", "cifar10"]) == 2

@@ -19,6 +19,7 @@ from varscale.data.colour import blur_, blur_bands, blur_kernel_size, grayscale_
 from varscale.data.compiled_colour import augment_images
 from varscale.data.operations import Chosen, draw_autoaugment, draw_randaugment, operate_
 from varscale.data.randomness import PHOTOMETRIC_DRAWS, as_uint64, stream, uniform
+from varscale.data.transfer import to_device
 
 # In pixels, images of CIFAR's kind: BYOL and SimCLR do not blur them, and AutoAugment has a policy for them.
 LARGEST_SMALL_IMAGE = 64
@@ -106,6 +107,7 @@ class Augmentation(nn.Module):
         mean, std: of the data set's channels, on the scale [0, 1].
         seed: of the random parameters.
         first_view: the number of the first of these views among all views of an image.
+        dtype: of the result, torch.float32 or torch.bfloat16; all is computed in float32 and rounded once, at the end.
         compiled: on a CPU, `varscale.data.compiled_colour` in place of torch's operations, several times as fast; not
             where the policy has operations of AutoAugment's kind.
 
@@ -122,6 +124,7 @@ class Augmentation(nn.Module):
         std: Sequence[float],
         seed: int,
         first_view: int = 0,
+        dtype: torch.dtype = torch.float32,
         compiled: bool = True,
     ) -> None:
         super().__init__()
@@ -131,7 +134,7 @@ class Augmentation(nn.Module):
             raise ValueError(f"views must be at least 1, got {views}")
         first, other = POLICIES[policy]
         self.photometric = (first, *[other] * (first_view + views - 1))[first_view:]
-        self.image_size, self.seed, self.first_view = image_size, seed, first_view
+        self.image_size, self.seed, self.first_view, self.dtype = image_size, seed, first_view, dtype
         self.compiled = compiled and not any(view.operations for view in self.photometric)
         self.blurs = image_size > LARGEST_SMALL_IMAGE and any(view.blur for view in self.photometric)
         scale = 1 / torch.tensor(std, dtype=torch.float32).view(1, 3, 1, 1)
@@ -147,14 +150,19 @@ class Augmentation(nn.Module):
 
         images: (N, V, H, W, 3) uint8 on this module's device. indices: (N,) int64 ON THE CPU, the samples' numbers.
 
-        Returns (V * N, 3, H, W) float32 in channels_last layout, VIEW-MAJOR: row v * N + n is view v of image n, so its
-        labels are `labels.repeat(V)`. Raises ValueError when the shapes do not fit.
+        Returns (V * N, 3, H, W) of `dtype` in channels_last layout, VIEW-MAJOR: row v * N + n is view v of image n, so
+        its labels are `labels.repeat(V)`. Raises ValueError when the shapes do not fit.
         """
         expected = (len(indices), len(self.photometric), self.image_size, self.image_size, 3)
         if images.dtype != torch.uint8 or tuple(images.shape) != expected:
             raise ValueError(f"images must be uint8 of shape {expected}, got {images.dtype} of {tuple(images.shape)}")
         count, views, height, width, _ = expected
-        output = torch.empty((views * count, 3, height, width), device=images.device, memory_format=torch.channels_last)
+        output = torch.empty(
+            (views * count, 3, height, width),
+            dtype=self.dtype,
+            device=images.device,
+            memory_format=torch.channels_last,
+        )
         if self.compiled and not images.is_cuda:
             self._augment_on_cpu(images, indices, epoch, output)
             return output
@@ -176,6 +184,8 @@ class Augmentation(nn.Module):
     def _augment_on_cpu(self, images: torch.Tensor, indices: torch.Tensor, epoch: int, output: torch.Tensor) -> None:
         """Augments images (N, V, H, W, 3) uint8 into `output` (V * N, 3, H, W), in as many threads as torch would."""
         images = images.contiguous()
+        if output.dtype == torch.bfloat16:
+            output = output.view(torch.uint16)  # its bits, for numpy knows no such number
         pixels = output.permute(0, 2, 3, 1).numpy().reshape(images.shape[1], *images[:, 0].shape)
         threads = torch.get_num_threads()
         chunk = max(1, -(-len(images) // threads))
@@ -205,7 +215,7 @@ class Augmentation(nn.Module):
         policy = self.photometric[view]
         draws = np.arange(PHOTOMETRIC_DRAWS, PHOTOMETRIC_DRAWS + 13, dtype=np.uint64)
         number = uniform(self._streams(indices, epoch, view)[:, None], draws).astype(np.float32)
-        number = torch.from_numpy(number).to(self.scale.device, non_blocking=True)
+        number = to_device(torch.from_numpy(number), self.scale.device)
         strength = [policy.brightness, policy.contrast, policy.saturation]
         lows = [*(max(0.0, 1 - value) for value in strength), -policy.hue]
         highs = [*(1 + value for value in strength), policy.hue]

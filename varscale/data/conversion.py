@@ -1,6 +1,8 @@
 """Converts a source of images into train.beton, val.beton, names and dataset.json: all of it, or nothing.
 
-An interrupted conversion leaves its work beside the directory, and the same conversion, started again, goes on with it.
+An interrupted conversion leaves its work beside the directory, and the same conversion, started again, goes on with it:
+after Ctrl-C, an error or a full disk behind the last image written; after a kill or a power cut, which leave no time to
+write an account, behind the last account, which is some seconds old at most (`varscale.data.journal.INTERVAL`).
 """
 
 import hashlib

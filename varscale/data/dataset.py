@@ -7,6 +7,8 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from varscale.data.beton import BetonSummary, check_beton
 from varscale.errors import UserError
 
@@ -14,6 +16,7 @@ __all__ = [
     "BetonSummary",
     "DatasetInfo",
     "check_beton",
+    "check_counts",
     "read_dataset_info",
     "update_digest",
     "write_dataset_info",
@@ -89,6 +92,27 @@ def read_dataset_info(directory: Path) -> DatasetInfo:
         return _from_json(content)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error}); convert the data set again") from None
+
+
+def check_counts(beton: Path, summary: BetonSummary, info: DatasetInfo, split: str) -> None:
+    """Raises UserError where a split's file holds other numbers of images, or of a class, than dataset.json tells of.
+
+    Images that changed places are not found so: `verify` compares all bytes with the digest.
+    """
+    if summary.num_samples != info.num_samples(split):
+        raise UserError(
+            f"{beton}: holds {summary.num_samples} images, but {INFO_FILE} describes {info.num_samples(split)}"
+        )
+    if summary.labels is None:
+        return
+    found = np.bincount(summary.labels, minlength=info.num_classes)
+    wrong = np.flatnonzero(found != info.counts[split])
+    if wrong.size:
+        label = int(wrong[0])
+        raise UserError(
+            f"{beton}: holds {found[label]} images of class '{info.classes[label]}' (label {label}), but {INFO_FILE} "
+            f"describes {info.counts[split][label]}: labels were changed; convert the data set again"
+        )
 
 
 def update_digest(digest: "hashlib._Hash", label: int, mode: int, height: int, width: int, data: bytes) -> None:

@@ -9,14 +9,16 @@ from numba import types
 from varscale.data import libffcv
 from varscale.data.compiled import compiled
 from varscale.data.geometry import crop_geometry
+from varscale.data.jpeg_header import frame_size
 from varscale.data.randomness import stream
 from varscale.data.records import DAMAGED, DECODED, FILE_TOO_SHORT, OTHER_SIZE
 from varscale.data.resampling import resample
 
 if libffcv.imdecode() is None:
-    raise ImportError("FFCV's decoder is missing: FFCV is not installed, or was built for other system libraries")
+    raise ImportError("FFCV's decoder is missing")  # a call of it would end the process
 
 LARGEST_SHRINK = 8  # of a JPEG's blocks, while they are decoded
+jpeg_size = compiled(frame_size)
 
 # By name, not by address: code that holds an address could not be kept on disk.
 llvmlite.binding.add_symbol("ffcv_imdecode", ctypes.cast(libffcv.imdecode(), ctypes.c_void_p).value)
@@ -104,19 +106,3 @@ def _read_fully(file, offset, destination):
             return False
         done += count
     return True
-
-
-@compiled
-def jpeg_size(jpeg):
-    """(height, width) from a JPEG's frame header (ITU-T T.81, B.2.2); (0, 0) where none is found."""
-    at = 2
-    while at + 8 < jpeg.size and jpeg[at] == 0xFF:
-        marker = jpeg[at + 1]
-        if marker == 0xFF:  # a fill byte
-            at += 1
-            continue
-        is_frame = 0xC0 <= marker <= 0xCF and marker != 0xC4 and marker != 0xC8 and marker != 0xCC
-        if is_frame:
-            return jpeg[at + 5] * 256 + jpeg[at + 6], jpeg[at + 7] * 256 + jpeg[at + 8]
-        at += 2 + jpeg[at + 2] * 256 + jpeg[at + 3]
-    return 0, 0

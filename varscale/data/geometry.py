@@ -12,6 +12,7 @@ from typing import Literal
 
 import numpy as np
 
+from varscale.config.schema import DataConfig
 from varscale.data.compiled import compiled
 from varscale.data.randomness import GEOMETRIC_DRAWS, uniform
 
@@ -68,6 +69,18 @@ class CropSpec:
             raise ValueError(f"flip must be a probability, got {self.flip}")
         if self.interpolation not in ("bilinear", "bicubic"):
             raise ValueError(f"interpolation must be 'bilinear' or 'bicubic', got {self.interpolation!r}")
+
+
+def training_crops(data: DataConfig) -> list[CropSpec]:
+    """The views of a run's images, the large ones first; under the policy `none` each is the evaluation crop."""
+    scales = [data.crop_scale] * data.views + [data.local_scale] * data.local_views
+    sizes = [data.image_size] * data.views + [data.local_size] * data.local_views
+    if data.augmentation == "none":
+        return [CropSpec(size, None, flip=0.0, interpolation=data.interpolation) for size in sizes]
+    return [
+        CropSpec(size, scale, data.crop_ratio, data.flip, data.interpolation)
+        for size, scale in zip(sizes, scales, strict=True)
+    ]
 
 
 def views_by_size(crops: Sequence[CropSpec]) -> list[tuple[int, int]]:

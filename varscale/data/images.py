@@ -11,6 +11,7 @@ from PIL import Image, UnidentifiedImageError
 
 from varscale.data import libffcv
 from varscale.data.beton import LARGEST_PAGE, MAX_SIDE, MODE_JPEG, MODE_RAW
+from varscale.data.jpeg_header import frame_size
 from varscale.errors import UserError
 
 DEFAULT_JPEG_QUALITY = 95
@@ -199,11 +200,13 @@ def _store(image: Image.Image, options: ImageOptions, lossless: bool) -> tuple[S
 
 
 def _decode_as_loader(data: bytes, image: Image.Image) -> Image.Image | None:
-    """A JPEG's pixels as training will see them, or None where FFCV's decoder complains.
+    """A JPEG's pixels as training will see them, or None where the loader would complain.
 
-    TurboJPEG complains of files that Pillow still reads (wrong codes, bytes between markers): kept as they are, they
-    would stop a training run later. Where FFCV is not installed, Pillow decodes, and raises for truncated files.
+    It complains of files that Pillow still reads (wrong codes, bytes between markers): kept as they are, they would
+    stop a training run later. Where FFCV is not installed, Pillow decodes, and raises for truncated files.
     """
+    if frame_size(data) != (image.height, image.width):
+        return None
     decode = libffcv.imdecode()
     if decode is None:
         image.load()

@@ -21,7 +21,7 @@ from varscale.data.staging import Stage
 from varscale.data.throughput import Throughput
 from varscale.files import replace_text
 
-INTERVAL = 5  # seconds between two accounts
+INTERVAL = 5  # seconds between two accounts, the most work that a killed conversion does again; Ctrl-C loses none
 VERSION = 1  # of the journal's form
 
 

@@ -1,4 +1,4 @@
-"""Batches of views from a .beton: FFCV's format and decoder, run by a few threads that end with the iteration.
+"""Batches of views from a .beton: FFCV's format and decoder, run by a few threads of the loader's own.
 
 `ffcv.loader.Loader` itself is not used. Its thread swallows exceptions, so that the consumer waits for ever; its
 buffers are reused, so that batches change under the consumer; its threads outlive an early stop; it sets torch's number
@@ -6,7 +6,8 @@ of threads; its memory maps end the process where a file was cut short, and its 
 order is truly random. What it stands on is used: the format and the compiled imdecode.
 
 A batch is cut into chunks, and worker threads decode them outside Python's lock. The chunks' futures carry an exception
-to the consumer.
+to the consumer. The threads are kept from one pass to the next: FFCV's decoder never frees what it takes for a thread,
+10 KB, when the thread ends.
 """
 
 import os
@@ -14,7 +15,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -27,13 +28,13 @@ from varscale.data.beton import check_beton
 from varscale.data.buffers import Buffers
 from varscale.data.decoders import Decoder, decode_views_by
 from varscale.data.geometry import CropSpec, view_table, views_by_size
-from varscale.data.memory import available_memory
+from varscale.data.memory import can_be_cached, check_cached
 from varscale.data.names import sample_title
 from varscale.data.randomness import as_uint64
-from varscale.data.records import DAMAGED, DECODED, FAILURES, OTHER_SIZE, record_table, scratch_bytes
-from varscale.errors import UserError
+from varscale.data.records import DAMAGED, DECODED, FAILURES, OTHER_SIZE, RECORD, record_table, scratch_bytes
 
 CHUNKS_PER_WORKER = 4  # small enough that workers finish a batch together, large enough that Python does not show
+BYTES_PER_SAMPLE = RECORD.itemsize + 8 + 8  # its label, and the memory it takes
 MOST_SKIPPED_IN_A_ROW = 100  # more bad samples next to each other are no accident
 
 
@@ -58,10 +59,13 @@ class Batch(NamedTuple):
 class ViewLoader:
     """Decodes each sample of a .beton once and cuts V views from it.
 
-    The views are a pure function of the file and (seed, epoch, sample, view): neither workers nor batches change them.
+    The views are a pure function of the file, `crops` and (seed, epoch, sample, view): neither workers nor batches
+    change them. Where a view lies in its image no other crop changes, but all decide together how far an image is
+    shrunk while it is decoded: small views of small parts may keep whole what large ones alone would have shrunk, and
+    so change the large ones' pixels, by less than 2.5 levels on average.
+    A context manager: `close`, or dropping the loader, ends its threads.
 
-    Memory: `batches_ahead` batches of views and the one that is handed over, besides those that the consumer holds; for
-    every worker the largest image and record that it has met; 56 bytes a sample of the file.
+    Memory: see `memory_needed`.
 
     Args:
         beton: the file.
@@ -100,21 +104,29 @@ class ViewLoader:
         self.skips_bad_samples = on_bad_sample == "skip"
         self.bad_samples: dict[int, str] = {}
         summary = check_beton(self.beton, num_classes=None, require_labels=False)
-        self.os_cache = _can_be_cached(self.beton) if os_cache is None else os_cache
-        if os_cache and not _can_be_cached(self.beton):
-            raise UserError(
-                f"{self.beton} has {_gigabytes(self.beton.stat().st_size)}, but only "
-                f"{_gigabytes(available_memory())} of memory are free to cache it: set data.os_cache=false to stream it"
-            )
+        if os_cache:
+            check_cached(self.beton)
+        self.os_cache = can_be_cached(self.beton) if os_cache is None else os_cache
         self.identity = _identity(os.stat(self.beton))
         self.records = record_table(summary)
         self.scratch_bytes = scratch_bytes(self.records)
-        self._scratch = threading.local()
+        self._scratch, self._warning = threading.local(), threading.Lock()
         self.labels = np.full(summary.num_samples, -1, np.int64) if summary.labels is None else summary.labels
         self.seed = as_uint64(seed)[0]
         self.pinned = torch.cuda.is_available()
+        self.executor = ThreadPoolExecutor(workers, thread_name_prefix="view-loader")
         self._decode_views = decode_views_by(decoder)
         self._compile()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the threads; passes that are still under way fail."""
+        self.executor.shutdown(wait=True, cancel_futures=True)
 
     @property
     def num_samples(self) -> int:
@@ -132,7 +144,7 @@ class ViewLoader:
             indices: (batches, n) int64 samples; -1 is padding and dropped, so that a batch may be smaller, or empty.
             epoch: of the crops and flips.
 
-        Returns an iterator of Batch, also a context manager; closing it, or reaching its end, ends its threads.
+        Returns an iterator of Batch, also a context manager; closing it, or reaching its end, leaves nothing at work.
 
         Raises:
             ValueError: `indices` is not a table of samples of this file.
@@ -158,8 +170,23 @@ class ViewLoader:
 
         batch: (N,) the whole batch, into which the samples that take a bad one's place are written. images: its buffer.
         """
-        first, replaced = places.start, 0
         wanted = batch[places].copy()
+        try:
+            replaced = self._decode_chunk(file, epoch, batch, images, places, wanted)
+        except LoaderError:
+            raise
+        except Exception as error:
+            others = f", or one of the {len(wanted) - 1} behind it in its batch," if len(wanted) > 1 else ""
+            title = sample_title(self.beton, int(wanted[0]))
+            raise LoaderError(f"{title}{others} cannot be loaded: {error!r}") from error
+        if not self.os_cache:
+            self._advise(file, wanted, os.POSIX_FADV_DONTNEED)
+        return replaced
+
+    def _decode_chunk(
+        self, file: int, epoch: np.uint64, batch: np.ndarray, images: np.ndarray, places: slice, wanted: np.ndarray
+    ) -> int:
+        first, replaced = places.start, 0
         while True:
             indices = batch[first : places.stop]
             position, status = self._decode_views(
@@ -175,14 +202,11 @@ class ViewLoader:
                 images,
             )
             if status == DECODED:
-                break
+                return int(replaced)
             first += position
             original = wanted[first - places.start]
             replaced += batch[first] == original
             batch[first] = self._instead(batch[first], original, status)
-        if not self.os_cache:
-            self._advise(file, wanted, os.POSIX_FADV_DONTNEED)
-        return int(replaced)
 
     def _scratch_for(self, indices: np.ndarray) -> np.ndarray:
         """This thread's memory for decoding: new memory would cost more than some decoding does."""
@@ -199,9 +223,10 @@ class ViewLoader:
         if (bad - original) % self.num_samples >= min(MOST_SKIPPED_IN_A_ROW, self.num_samples) - 1:
             raise LoaderError(f"{message}, and neither can those before it, from sample {original} on")
         instead = (bad + 1) % self.num_samples
-        if bad not in self.bad_samples:
-            self.bad_samples[int(bad)] = FAILURES[status]
-            print(f"warning: {message}; sample {instead} takes its place", file=sys.stderr)
+        with self._warning:
+            if bad not in self.bad_samples:
+                self.bad_samples[int(bad)] = FAILURES[status]
+                print(f"warning: {message}; sample {instead} takes its place", file=sys.stderr)
         return instead
 
     def _advise(self, file: int, indices: np.ndarray, advice: int) -> None:
@@ -213,6 +238,18 @@ class ViewLoader:
         parts = images.split([count * views * size * size * 3 for size, views in self.groups])
         shapes = [(count, views, size, size, 3) for size, views in self.groups]
         return tuple(part.view(shape) for part, shape in zip(parts, shapes, strict=True))
+
+
+def memory_needed(
+    crops: Sequence[CropSpec], batch_size: int, *, batches_ahead: int, workers: int, image_bytes: int, samples: int
+) -> int:
+    """Bytes that a pass takes at most, whatever the size of the batch's images before they are cropped.
+
+    `batches_ahead` batches of views, the one that is handed over and the one that the consumer still holds; for every
+    worker the largest image, decoded, and its record, together `image_bytes`; 56 bytes for every sample of the file.
+    """
+    views = sum(crop.size**2 * 3 for crop in crops)
+    return (batches_ahead + 2) * batch_size * views + workers * image_bytes + samples * BYTES_PER_SAMPLE
 
 
 class ViewBatches:
@@ -227,7 +264,6 @@ class ViewBatches:
             self._file = os.open(loader.beton, os.O_RDONLY)
         except OSError as error:
             raise LoaderError(f"{loader.beton} cannot be opened any more: {error.strerror}") from error
-        self._executor = ThreadPoolExecutor(loader.workers, thread_name_prefix="view-loader")
         self._closed = False
         try:
             self._check_unchanged()
@@ -248,8 +284,9 @@ class ViewBatches:
             self.close()
             raise StopIteration
         try:
-            indices, images, chunks = self._pending.popleft()
+            indices, images, chunks = self._pending[0]
             skipped = sum(chunk.result() for chunk in chunks)
+            self._pending.popleft()
             self._check_unchanged()
             self._schedule()
         except BaseException:
@@ -269,13 +306,17 @@ class ViewBatches:
             self.close()
 
     def close(self) -> None:
-        """Drops what is not decoded yet and waits for the chunks in hand: no thread and no open file is left."""
+        """Drops what is not decoded yet and waits for the chunks in hand: no thread is at work, no file is open."""
         if self._closed:
             return
         self._closed = True
+        chunks = [chunk for _, _, chunks in self._pending for chunk in chunks]
         self._pending.clear()
-        self._executor.shutdown(wait=True, cancel_futures=True)
-        os.close(self._file)
+        try:
+            wait([chunk for chunk in chunks if not chunk.cancel()])
+        finally:
+            self._loader._scratch = threading.local()  # the threads stay, their memory need not
+            os.close(self._file)
 
     def _check_unchanged(self) -> None:
         if _identity(os.fstat(self._file)) != self._loader.identity:
@@ -297,18 +338,10 @@ class ViewBatches:
         # The workers hold no reference to this iterator, so that dropping it closes it, and in the consumer's thread.
         decode = partial(loader._decode, self._file, self._epoch, indices, images.numpy())
         chunks = [
-            self._executor.submit(decode, slice(start, min(start + chunk, len(indices))))
+            loader.executor.submit(decode, slice(start, min(start + chunk, len(indices))))
             for start in range(0, len(indices), chunk)
         ]
         self._pending.append((indices, images, chunks))
-
-
-def _can_be_cached(path: Path) -> bool:
-    return path.stat().st_size <= available_memory()
-
-
-def _gigabytes(size: int) -> str:
-    return f"{size / 1e9:.1f} GB"
 
 
 def _identity(status: os.stat_result) -> tuple[int, int, int, int]:

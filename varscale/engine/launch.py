@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from varscale.config import BatchSizes, Config
-from varscale.data.dataset import BetonSummary, DatasetInfo, check_beton, read_dataset_info
+from varscale.data.dataset import BetonSummary, DatasetInfo, check_beton, check_counts, read_dataset_info
+from varscale.data.decoders import check_decoder
+from varscale.data.memory import check_cached
 from varscale.engine.manifest import refuse_another_run
 from varscale.engine.rundir import SUBMISSIONS, find_checkpoint, find_checkpoints, read_manifest
 from varscale.errors import UserError
@@ -29,8 +31,11 @@ def environment_world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def report_user_error(error: UserError) -> int:
-    """Print the mistake in one line and return exit code 2. Rank 0 speaks for all, if the others made the same one."""
+def report_user_error(error: Exception) -> int:
+    """Print a mistake in the input in one line and return exit code 2.
+
+    Rank 0 speaks for all, if the others made the same one.
+    """
     if environment_rank() > 0:
         time.sleep(WAIT_FOR_RANK_0)
     print(f"error: {error}", file=sys.stderr, flush=True)
@@ -53,15 +58,15 @@ class TrainingData:
 
 def check_training_data(config: Config, sizes: BatchSizes) -> TrainingData:
     """Read the data set's description and the metadata of both files; UserError where they do not fit the run."""
+    check_decoder(config.data.loader)
     info = read_dataset_info(config.data.dir)
     found = {}
     for split in ("train", "val"):
         path = config.data.dir / f"{split}.beton"
         found[split] = check_beton(path, num_classes=info.num_classes, require_labels=config.objective.needs_labels)
-        if found[split].num_samples != info.num_samples(split):
-            raise UserError(
-                f"{path}: holds {found[split].num_samples} images, but dataset.json describes {info.num_samples(split)}"
-            )
+        check_counts(path, found[split], info, split)
+        if config.data.os_cache:
+            check_cached(path)
     if found["train"].num_samples < sizes.global_batch_size:
         raise UserError(
             f"batch.global_batch_size is {sizes.global_batch_size}, but {config.data.dir / 'train.beton'} "

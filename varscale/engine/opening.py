@@ -9,9 +9,10 @@ from deepspeed import DeepSpeedEngine
 
 from varscale.config import Config
 from varscale.data.augment import Augmentation
-from varscale.data.geometry import CropSpec
+from varscale.data.geometry import training_crops
 from varscale.data.loader import Batch, ViewLoader
 from varscale.data.sampling import epoch_order, rank_batches
+from varscale.data.transfer import to_device
 from varscale.engine.bad_steps import Rewind
 from varscale.engine.distributed import Ranks
 from varscale.engine.launch import Job
@@ -77,11 +78,9 @@ def _open_views(job: Job, ranks: Ranks) -> tuple[ViewLoader, Callable[[Batch, in
     """The loader that cuts views from images, and the function that makes them a micro-batch on the device."""
     config, info = job.config, job.data.info
     d = config.data
-    crop = CropSpec(d.image_size, d.crop_scale, d.crop_ratio, d.flip, d.interpolation)
-    local_crop = CropSpec(d.local_size, d.local_scale, d.crop_ratio, d.flip, d.interpolation)
     loader = ViewLoader(
         d.dir / "train.beton",
-        [crop] * d.views + [local_crop] * d.local_views,
+        training_crops(d),
         seed=config.seed,
         workers=d.workers or ranks.cores,
         batches_ahead=d.batches_ahead,
@@ -89,9 +88,11 @@ def _open_views(job: Job, ranks: Ranks) -> tuple[ViewLoader, Callable[[Batch, in
         on_bad_sample=d.on_bad_sample,
         decoder=d.loader,
     )
+    # Autocast would round the first layer's input to bfloat16 anyway.
+    dtype = torch.bfloat16 if config.compute.precision == "bfloat16" else torch.float32
     augmentations, first_view = [], 0
     for size, count in d.views_by_size.items():
-        settings = (d.augmentation, count, size, info.mean, info.std, config.seed, first_view)
+        settings = (d.augmentation, count, size, info.mean, info.std, config.seed, first_view, dtype)
         augmentations.append(Augmentation(*settings).to(ranks.device))
         first_view += count
 
@@ -100,10 +101,10 @@ def _open_views(job: Job, ranks: Ranks) -> tuple[ViewLoader, Callable[[Batch, in
 
     def augment(batch: Batch, epoch: int) -> MicroBatch:
         views = (
-            augmentation(images.to(ranks.device, non_blocking=True), batch.indices, epoch)
+            augmentation(to_device(images, ranks.device), batch.indices, epoch)
             for augmentation, images in zip(augmentations, batch.images, strict=True)
         )
-        labels, indices = (tensor.to(ranks.device, non_blocking=True) for tensor in (batch.labels, batch.indices))
+        labels, indices = (to_device(tensor, ranks.device) for tensor in (batch.labels, batch.indices))
         return MicroBatch(
             tuple(part.contiguous(memory_format=layout) for part in views), labels, indices, batch.skipped
         )

@@ -1,6 +1,7 @@
 """What `--dry-run` prints: the resolved configuration, the DeepSpeed JSON, sizes, steps and a memory estimate."""
 
 import json
+import os
 
 import torch
 from torch import nn
@@ -75,10 +76,33 @@ def _memory(config: Config, sizes: BatchSizes, stage: int, learner) -> str:
         "optimizer": 4 * count * (STATES[config.optimizer.name] + (stage >= 1)) / (ranks if stage >= 1 else 1),
         "teacher": 4 * teacher / (ranks if stage >= 3 else 1),
         "activations": activations,
-        "views": 3 * 4 * pixels,
+        "views": 3 * (2 if config.compute.precision == "bfloat16" else 4) * pixels,
     }
     lines = [f"{name:<12} {size / GIB:8.3f} GiB" for name, size in parts.items() if size]
-    return "\n".join([*lines, f"{'sum':<12} {sum(parts.values()) / GIB:8.3f} GiB"])
+    lines.append(f"{'sum':<12} {sum(parts.values()) / GIB:8.3f} GiB")
+    return "\n".join([*lines, *_loader_memory(config, sizes)])
+
+
+def _loader_memory(config: Config, sizes: BatchSizes) -> list[str]:
+    """What the loader takes of the host's memory, once the data set tells how large its images are."""
+    from varscale.data.geometry import training_crops
+    from varscale.data.loader import memory_needed
+
+    data = config.data
+    if not (data.dir / "dataset.json").is_file():
+        return []
+    info, workers = read_dataset_info(data.dir), data.workers or len(os.sched_getaffinity(0))
+    sides = info.image_sizes["train"]
+    size = memory_needed(
+        training_crops(data),
+        sizes.micro_batch_size,
+        batches_ahead=data.batches_ahead,
+        workers=workers,
+        image_bytes=2 * 3 * sides["max_height"] * sides["max_width"],  # a JPEG is hardly larger than its pixels
+        samples=info.num_samples("train"),
+    )
+    what = f"{data.batches_ahead + 2} micro-batches of views, and the largest image for each of {workers} workers"
+    return [f"{'loader':<12} {size / GIB:8.3f} GiB of the host's: {what}"]
 
 
 def _messages(config: Config, sizes: BatchSizes, deepspeed: dict, learner) -> str:

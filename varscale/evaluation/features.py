@@ -56,6 +56,8 @@ def extract_features(
 ) -> Features:
     """Encode every sample of `loader` once and return them all, on the CPU of every rank, in order of their index.
 
+    Where the loader passes over bad samples, these are left out.
+
     Args:
         encode: the frozen encoder. Every rank calls it equally often, always with `batch_size` images, so it may be a
             module whose parameters are spread over the ranks (ZeRO-3); its mode is the caller's concern.
@@ -86,16 +88,20 @@ def extract_features(
                 collected = Features(
                     torch.empty(num_samples, width),
                     torch.empty(num_samples, dtype=torch.int64),
-                    torch.arange(num_samples),
+                    torch.full((num_samples,), -1),
                 )
             places = batch.indices.cpu()
             collected.features[places] = batch.features.cpu()
             collected.labels[places] = batch.labels.cpu()
+            collected.indices[places] = places
             count += len(places)
             bar.update(len(places))
-    if collected is None or count != num_samples:
+    if collected is None or (count != num_samples and not loader.skips_bad_samples):
         raise RuntimeError(f"the loader delivered {count} of {num_samples} samples")
-    return collected
+    if count == num_samples:
+        return collected
+    found = collected.indices >= 0
+    return Features(*(column[found] for column in collected))
 
 
 @torch.no_grad()
@@ -116,12 +122,15 @@ def encode_batches(
 
     Yields up to `world_size * batch_size` samples at a time, on `device`, in the order asked for whatever the number of
     ranks. Short and empty batches are filled up with black images: so every rank makes the same number of calls of the
-    same shape, and a sample's features do not depend on how many others it shares a batch with.
+    same shape, and a sample's features do not depend on how many others it shares a batch with. A bad sample that the
+    loader passes over is left out: the one in its place is measured in its own.
     """
     positions = evaluation_shard(len(order), batch_size, rank, world_size)
-    with closing(loader.batches(np.where(positions >= 0, order[positions], -1), epoch)) as batches:
-        for batch in batches:
+    wanted = np.where(positions >= 0, order[positions], -1)
+    with closing(loader.batches(wanted, epoch)) as batches:
+        for asked, batch in zip(torch.from_numpy(wanted), batches, strict=True):
             indices = fill(batch.indices, batch_size, -1)
+            indices = torch.where(indices == asked, indices, -1)
             images = fill(batch.images[0], batch_size, 0).to(device, non_blocking=True)
             labels = gather(fill(batch.labels, batch_size, -1).to(device))
             features = gather(encode(augmentation(images, indices, epoch)).float())

@@ -1,9 +1,10 @@
 """A converted data set as evaluation reads it, cropped, flipped and normalised as the encoder knows it."""
 
 from pathlib import Path
+from typing import Literal
 
 from varscale.data.augment import Augmentation
-from varscale.data.dataset import DatasetInfo, check_beton
+from varscale.data.dataset import DatasetInfo, check_beton, check_counts
 from varscale.data.decoders import Decoder
 from varscale.data.geometry import CropSpec
 from varscale.data.loader import ViewLoader
@@ -13,9 +14,10 @@ from varscale.errors import UserError
 class Images:
     """A converted data set: a deterministic crop, or a random crop and flip as in training.
 
-    random_crop: as in training; its size is that of the deterministic crop, too.
+    random_crop: as in training (not random under the policy `none`); its size is that of the deterministic crop, too.
     mean, std: of the data that the encoder was trained on.
     policy: the augmentation of training, for `augmentation`.
+    on_bad_sample, os_cache: as ViewLoader takes them; bad samples that are passed over are not measured.
     """
 
     def __init__(
@@ -30,10 +32,13 @@ class Images:
         workers: int,
         decoder: Decoder = "ffcv",
         policy: str = "none",
+        on_bad_sample: Literal["stop", "skip"] = "stop",
+        os_cache: bool | None = None,
     ):
         self.directory, self.info = directory, info
         self.mean, self.std, self.seed, self.workers = mean, std, seed, workers
         self.random_crop, self.decoder, self.policy = random_crop, decoder, policy
+        self.on_bad_sample, self.os_cache = on_bad_sample, os_cache
         size = random_crop.size
         self.whole_crop = CropSpec(size=size, scale=None, flip=0.0, interpolation=random_crop.interpolation)
         self.normalise = Augmentation("none", views=1, image_size=size, mean=mean, std=std, seed=seed)
@@ -52,7 +57,15 @@ class Images:
         key = (split, crop)
         if key not in self._loaders:
             path = self.directory / f"{split}.beton"
-            self._loaders[key] = ViewLoader(path, [crop], seed=self.seed, workers=self.workers, decoder=self.decoder)
+            self._loaders[key] = ViewLoader(
+                path,
+                [crop],
+                seed=self.seed,
+                workers=self.workers,
+                decoder=self.decoder,
+                on_bad_sample=self.on_bad_sample,
+                os_cache=self.os_cache,
+            )
         return self._loaders[key]
 
     def augmentation(self, view: int) -> Augmentation:
@@ -72,6 +85,8 @@ class Images:
             workers=self.workers,
             decoder=self.decoder,
             policy=self.policy,
+            on_bad_sample=self.on_bad_sample,
+            os_cache=self.os_cache,
         )
 
 
@@ -82,7 +97,4 @@ def check_labelled(directory: Path, info: DatasetInfo) -> None:
         summary = check_beton(path, num_classes=info.num_classes, require_labels=False)
         if summary.labels is None:
             raise UserError(f"{path}: has no labels, and accuracy cannot be measured without them")
-        if summary.num_samples != info.num_samples(split):
-            raise UserError(
-                f"{path}: holds {summary.num_samples} samples, but dataset.json says {info.num_samples(split)}"
-            )
+        check_counts(path, summary, info, split)

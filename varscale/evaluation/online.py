@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from varscale.config import Config
 from varscale.data.dataset import DatasetInfo
-from varscale.data.geometry import CropSpec
+from varscale.data.geometry import training_crops
 from varscale.evaluation import knn
 from varscale.evaluation.context import Context, Place
 from varscale.evaluation.images import Images
@@ -42,12 +42,14 @@ class OnlineKNN:
         self.images = Images(
             data.dir,
             info,
-            random_crop=CropSpec(data.image_size, data.crop_scale, interpolation=data.interpolation),
+            random_crop=training_crops(data)[0],
             mean=info.mean,
             std=info.std,
             seed=config.seed,
             workers=data.workers or workers,
             decoder=data.loader,
+            on_bad_sample=data.on_bad_sample,
+            os_cache=data.os_cache,
         )
 
     def is_due(self, epoch: int) -> bool:

@@ -91,10 +91,9 @@ def finetune(context: Context, settings: Settings) -> dict[str, float]:
                 loss.backward()
                 optimizer.step()
                 schedule.step()
-    hits = probe.count_hits(_alone(context, encoder.eval()).val)
-    return {
-        f"top{n}": percent(hits[i], len(images.loader("val", images.whole_crop).labels)) for i, n in ((0, 1), (1, 5))
-    }
+    val = _alone(context, encoder.eval()).val
+    hits = probe.count_hits(val)
+    return {f"top{n}": percent(hits[i], len(val.labels)) for i, n in ((0, 1), (1, 5))}
 
 
 def _alone(context: Context, encoder: nn.Module) -> Context:

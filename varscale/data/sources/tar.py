@@ -36,20 +36,23 @@ def _open_split(path: Path, ignored: Counter[str]) -> tuple[list[str], ArchiveSp
         if not archives:
             raise UserError(f"{path} holds no CLASS.tar; for a folder of class folders write imagefolder:DIR")
         members = _list(archives, path, ignored)
-        return _by_class(members, (archives[archive].stem for archive in members.places[:, 0].tolist()))
+        return _by_class(members, _all(members), (archives[archive].stem for archive in members.places[:, 0]))
     members = _list([path], path, ignored)
-    return _by_class(members, _class_folders(members.names, _shared_folder(members.names), path))
+    return _by_class(members, _all(members), _class_folders(members.names, _shared_folder(members.names), path))
 
 
 def _open_folder(members: Members, folder: str, location: str) -> tuple[list[str], ArchiveSplit]:
-    inside = np.array([name.startswith(folder) for name in members.names])
-    if not inside.any():
+    inside = np.flatnonzero(np.fromiter((name.startswith(folder) for name in members.names), np.bool_))
+    if not inside.size:
         raise UserError(
             f"{location} has no images in a folder {os.path.basename(folder[:-1])}; "
             "where the splits are two tars, write tar:TRAIN.tar,VAL.tar"
         )
-    members = members.take(np.flatnonzero(inside))
-    return _by_class(members, _class_folders(members.names, folder, location))
+    return _by_class(members, inside, _class_folders((members.names[index] for index in inside), folder, location))
+
+
+def _all(members: Members) -> np.ndarray:
+    return np.arange(len(members.names))
 
 
 def _list(archives: list[Path], place: Path | str, ignored: Counter[str]) -> Members:
@@ -80,7 +83,7 @@ def _shared_folder(names: Names) -> str:
     return f"{shared}/" if shared else ""
 
 
-def _class_folders(names: Names, parent: str, place: Path | str) -> Iterator[str]:
+def _class_folders(names: Iterable[str], parent: str, place: Path | str) -> Iterator[str]:
     for name in names:
         folder, slash, _ = name[len(parent) :].partition("/")
         if not slash:
@@ -88,8 +91,11 @@ def _class_folders(names: Names, parent: str, place: Path | str) -> Iterator[str
         yield folder
 
 
-def _by_class(members: Members, classes: Iterable[str]) -> tuple[list[str], ArchiveSplit]:
-    """The classes' names, sorted, and the split in the order of class, folder and file name."""
+def _by_class(members: Members, taken: np.ndarray, classes: Iterable[str]) -> tuple[list[str], ArchiveSplit]:
+    """The classes' names, sorted, and the split of the members `taken`, in the order of class, folder and file name.
+
+    The members are copied once, when their order is known: an ImageNet's list should not lie in memory three times.
+    """
     numbers: dict[str, int] = {}
     found = np.fromiter((numbers.setdefault(name, len(numbers)) for name in classes), np.int64)
     names = sorted(numbers)
@@ -97,6 +103,6 @@ def _by_class(members: Members, classes: Iterable[str]) -> tuple[list[str], Arch
     ranks[[numbers[name] for name in names]] = np.arange(len(names))
     labels = ranks[found]
     by_label = np.argsort(labels, kind="stable")
-    groups = np.split(by_label, np.flatnonzero(np.diff(labels[by_label])) + 1)
-    order = np.concatenate([sorted(group.tolist(), key=lambda i: os.path.split(members.names[i])) for group in groups])
-    return names, ArchiveSplit(members.take(order), labels[order])
+    for group in np.split(by_label, np.flatnonzero(np.diff(labels[by_label])) + 1):  # views, so that all is sorted
+        group[:] = sorted(group.tolist(), key=lambda place: os.path.split(members.names[taken[place]]))
+    return names, ArchiveSplit(members.take(taken[by_label]), labels[by_label])
