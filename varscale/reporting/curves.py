@@ -146,6 +146,8 @@ def by_epoch(lines: Sequence[dict]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _draw_histogram(axis: "Axes", run: Run, lines: Sequence[dict]) -> None:
+    from matplotlib.colors import PowerNorm
+
     epochs, shares = by_epoch(lines)
     tau1, epsilon = run.config["objective"]["temperature"], run.config["objective"]["epsilon"]
     low, high, label = tau1 - epsilon, tau1 + epsilon, "tau2, from confidence 0 to 1"
@@ -154,7 +156,9 @@ def _draw_histogram(axis: "Axes", run: Run, lines: Sequence[dict]) -> None:
     image = np.full((shares.shape[1], epochs[-1]), np.nan)
     image[:, epochs - 1] = shares.T
     extent = (0.5, epochs[-1] + 0.5, low, high)
-    shown = axis.imshow(image, "viridis", aspect="auto", origin="lower", extent=extent, interpolation="nearest")
+    how = {"aspect": "auto", "origin": "lower", "interpolation": "nearest"}
+    # Most samples end in the last bin: the square root lets the others be seen.
+    shown = axis.imshow(image, "viridis", extent=extent, norm=PowerNorm(0.5, vmin=0), **how)
     axis.set(xlabel="epoch", ylabel=label)
     axis.grid(False)
     axis.xaxis.get_major_locator().set_params(integer=True)
