@@ -106,6 +106,7 @@ class Run:
         self.place, self.ranks = place, ranks
         self.arguments = ["--config", recipe, *SETTINGS, *overrides, f"output_dir={place}", "--resume", "auto"]
         self.processes: list[BaseProcess] = []
+        self.started_at = 0.0  # seconds since 1970
 
     def start(self, target: Callable[..., None] | None = None) -> None:
         """Start all ranks, each with `rank_main` or what replaces it."""
