@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from varscale.models.embedding import embedding_head
-from varscale.models.networks import build_varcon_network, build_vssl_network
+from varscale.models.networks import build_embedding_network, build_student_network
 
 
 class Encoder(nn.Linear):
@@ -23,7 +23,7 @@ def inputs() -> torch.Tensor:
 
 
 def test_varcons_projection(inputs):
-    network = build_varcon_network(Encoder(), embedding_dim=5).eval()
+    network = build_embedding_network(Encoder(), embedding_dim=5).eval()
     head = embedding_head(network.state_dict(), 6)
     torch.testing.assert_close(head(network.encoder(inputs)), network(inputs))
 
@@ -31,12 +31,13 @@ def test_varcons_projection(inputs):
 @pytest.mark.parametrize("predictor", [True, False])
 @pytest.mark.parametrize("normalise", [True, False])
 def test_vssls_mean(inputs, predictor, normalise):
-    network = build_vssl_network(
+    network = build_student_network(
         Encoder(),
         latent_dim=5,
         projector_hidden=7,
         predictor=predictor,
         predictor_hidden=8,
+        gaussian=True,
         normalise_latents=normalise,
         sync_batch_norm=False,
     )
@@ -54,13 +55,22 @@ def test_a_projection_of_another_hidden_width(inputs):
     torch.testing.assert_close(head(features), F.normalize(layers(features)))
 
 
-def test_a_projector_without_a_gaussian_is_the_embedding_itself(inputs):
-    network = build_vssl_network(
-        Encoder(), latent_dim=5, projector_hidden=7, predictor_hidden=8, sync_batch_norm=False
-    ).eval()
-    tensors = {key: tensor for key, tensor in network.state_dict().items() if not key.startswith("gaussian")}
+@pytest.mark.parametrize("normalise", [True, False])  # MoCo v3's and BYOL's
+def test_a_projector_without_a_gaussian_is_the_embedding_itself(inputs, normalise):
+    network = build_student_network(
+        Encoder(),
+        latent_dim=5,
+        projector_hidden=7,
+        predictor_hidden=8,
+        normalise_latents=normalise,
+        normalise_predictions=False,
+        sync_batch_norm=False,
+    )
+    network(inputs)
+    network.eval()
     features = network.encoder(inputs)
-    torch.testing.assert_close(embedding_head(tensors, 6)(features), F.normalize(network.projector(features)))
+    expected = F.normalize(network.projector(features))
+    torch.testing.assert_close(embedding_head(network.state_dict(), 6)(features), expected)
 
 
 def test_a_network_with_nothing_behind_the_encoder_but_a_classifier_has_none():
@@ -68,6 +78,6 @@ def test_a_network_with_nothing_behind_the_encoder_but_a_classifier_has_none():
 
 
 def test_a_head_of_another_shape_is_none_of_ours():
-    tensors = build_varcon_network(Encoder()).state_dict()
+    tensors = build_embedding_network(Encoder()).state_dict()
     assert embedding_head(tensors | {"head.0.weight": torch.ones(9, 6)}, 6) is None
     assert embedding_head(tensors | {"head.3.weight": torch.ones(9, 6)}, 6) is None
