@@ -117,8 +117,7 @@ def test_all_other_evaluators_measure_on_two_processes_what_they_do_on_one(run_a
     arguments = ["--checkpoint", run, *names, "embedding_plot", "--batch-size", 8, "--workers", 1, "--no-cache"]
     arguments += ["few_shot.seeds=2", "few_shot.percent=[20]", f"transfer.data={data}", "transfer.epochs=2"]
     arguments += [f"corruption.dir={data.with_name('corrupted')}", "embedding_plot.methods=[pca]"]
-    AcceleratorState._reset_state(reset_partial_state=True)
-    assert main([str(argument) for argument in arguments]) == 0
+    execute("varscale.evaluate", *arguments)
     alone = metrics(run)
     execute(*torchrun, "-m", "varscale.evaluate", *arguments)
     together = metrics(run)
@@ -131,8 +130,7 @@ def test_all_other_evaluators_measure_on_two_processes_what_they_do_on_one(run_a
 def test_two_processes_take_what_one_has_kept(run_and_data, torchrun):
     run, _ = run_and_data
     arguments = ["--checkpoint", run, "dispersion", "alignment_uniformity", "--batch-size", 8]
-    AcceleratorState._reset_state(reset_partial_state=True)
-    assert main([str(argument) for argument in arguments]) == 0
+    execute("varscale.evaluate", *arguments)
     alone, kept = metrics(run), sorted((run / "evaluation" / "features").iterdir())
     made = [path.stat().st_mtime_ns for path in kept]
     execute(*torchrun, "-m", "varscale.evaluate", *arguments)
