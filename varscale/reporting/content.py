@@ -1,5 +1,6 @@
 """What a report consists of, whatever its form: sections of texts, tables, pictures and commands."""
 
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -62,6 +63,12 @@ class Picture:
     title: str
     png: bytes
     svg: str = ""
+
+    @property
+    def is_panorama(self) -> bool:
+        """Whether it is so wide that, shrunk to a phone's width, it could not be read."""
+        width, height = struct.unpack(">II", self.png[16:24])  # of its header
+        return width > 2 * height
 
 
 @dataclass(frozen=True)
