@@ -83,8 +83,7 @@ class Cluster:
         self._start("munged", ["munged", "--foreground", f"--socket={socket}", *files])
         self.wait_for(socket.exists, 10, "for munged")
         self.start_controller()
-        for number in range(1, NODES + 1):
-            self.start_node(f"node{number}")
+        self.start_nodes()
         self.wait_for(lambda: self.ask("sinfo", "-hN", "-p", "main", "-o", "%t").split() == ["idle"] * NODES, 30)
 
     def start_controller(self) -> None:
@@ -96,10 +95,17 @@ class Cluster:
         self.daemons["slurmctld"].terminate()
         self.daemons["slurmctld"].wait(30)
 
-    def start_node(self, node: str) -> None:
+    def start_nodes(self) -> None:
+        """Start every node that is not there, or not any more."""
+        for number in range(1, NODES + 1):
+            daemon = self.daemons.get(f"node{number}")
+            if daemon is None or daemon.poll() is not None:
+                self._start_node(number)
+
+    def _start_node(self, number: int) -> None:
         """Start its slurmd, on one of this machine's cores: the ranks of two nodes are not to fight over them."""
         cores = sorted(os.sched_getaffinity(0))
-        core = cores[int(node.removeprefix("node")) % len(cores)]
+        node, core = f"node{number}", cores[number % len(cores)]
         enter = f"mount --bind {self.root}/hosts /etc/hosts && hostname {node}"
         slurmd = f"exec taskset -c {core} slurmd -D -f {self.root}/slurm.conf -N {node}"
         self._start(node, ["unshare", "--uts", "--mount", "sh", "-c", f"{enter} && {slurmd}"])

@@ -68,8 +68,8 @@ def submit(submit_py, small_run):
     """Submit a run of 5 steps on two ranks: submit(its directory, *options); returns the submission."""
 
     def start(run, *options):
-        small = ["--config", "digits-varcon", *small_run, "schedule.epochs=1", f"output_dir={run}"]
-        done = submit_py(*small, "--cluster", "local", "--ranks-per-node", 2, *options)
+        small = ["--config", "digits-varcon", *small_run, "schedule.epochs=1", "schedule.warmup_epochs=0"]
+        done = submit_py(*small, "--cluster", "local", "--ranks-per-node", 2, f"output_dir={run}", *options)
         assert done.returncode == 0, done.stderr
         return submissions_of(run)[-1]
 

@@ -4,12 +4,15 @@ Where Slurm is not installed the tests are skipped, or fail with REQUIRE_SLURM=1
 """
 
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -43,6 +46,7 @@ def cluster():
 def idle(cluster):
     """After each test, all nodes are there and have nothing to do."""
     yield
+    cluster.start_nodes()
     cluster.ask("scancel", "--user=root")
     cluster.wait_for(lambda: not cluster.ask("squeue", "-h"), 60, "for the jobs of a test to end")
 
@@ -96,6 +100,11 @@ class Job:
         lines = read_metrics(self.run / "metrics.jsonl")
         return lines[-1]["step"] if lines else 0
 
+    @property
+    def log(self) -> str:
+        """What rank 0 and the job's script printed in all starts."""
+        return self.submission.log(self.name).read_text()
+
     def ranks_printed(self, count: int) -> bool:
         """Whether so many ranks have begun."""
         return (
@@ -105,6 +114,24 @@ class Job:
     @property
     def restarts(self) -> int:
         return len(self.submission.starts(self.name)) - 1
+
+    def rank_process(self, rank: int) -> int:
+        """The id of a rank's process in this start."""
+        return self.cluster.ranks(self.name)[rank]
+
+    @contextmanager
+    def held_until_told(self, seconds: float = 60) -> Iterator[None]:
+        """Stop all ranks where they are until Slurm has sent them USR2: it looks seldom, and the run is short."""
+        ranks = self.cluster.ranks(self.name).values()
+        for process in ranks:
+            os.kill(process, signal.SIGSTOP)
+        yield
+        deadline = time.monotonic() + seconds  # later than that it was sent before they were stopped
+        while not all(map(_is_told, ranks)) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        for process in ranks:
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGCONT)
 
     @property
     def state(self) -> str:
@@ -124,3 +151,11 @@ class Job:
         self.wait_for(lambda job: (job.submission.end(job.name) or {}).get("code") == 0, seconds)
         files = sorted(latest_checkpoint(self.run).glob("*.safetensors"))
         return {f"{file.stem}: {name}": tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def _is_told(process: int) -> bool:
+    """Whether USR2 is there for a stopped process, or it is gone."""
+    with suppress(OSError):
+        (pending,) = re.findall(r"ShdPnd:\s*(\w+)", Path(f"/proc/{process}/status").read_text())
+        return bool(int(pending, 16) & 1 << signal.SIGUSR2 - 1)
+    return True
