@@ -13,47 +13,28 @@ to the consumer. The threads are kept from one pass to the next: FFCV's decoder 
 import os
 import sys
 import threading
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from functools import partial
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, NamedTuple, Self
+from typing import Literal, Self
 
 import numpy as np
 import torch
 
 from varscale.data.beton import check_beton
-from varscale.data.buffers import Buffers
 from varscale.data.decoders import Decoder, decode_views_by
 from varscale.data.geometry import CropSpec, view_table, views_by_size
 from varscale.data.memory import can_be_cached, check_cached
 from varscale.data.names import sample_title
+from varscale.data.passes import Batch, LoaderError, ViewBatches, identity
 from varscale.data.randomness import as_uint64
 from varscale.data.records import DAMAGED, DECODED, FAILURES, OTHER_SIZE, RECORD, record_table, scratch_bytes
 
-CHUNKS_PER_WORKER = 4  # small enough that workers finish a batch together, large enough that Python does not show
+__all__ = ["Batch", "LoaderError", "ViewBatches", "ViewLoader", "memory_needed"]
+
 BYTES_PER_SAMPLE = RECORD.itemsize + 8 + 8  # its label, and the memory it takes
 MOST_SKIPPED_IN_A_ROW = 100  # more bad samples next to each other are no accident
-
-
-class LoaderError(RuntimeError):
-    """A sample could not be loaded: the message names the file, the sample's index and the reason."""
-
-
-class Batch(NamedTuple):
-    """Views of N samples, the consumer's own: nothing is written to them again.
-
-    images: for each size of views one (N, V, size, size, 3) uint8 on the CPU, pinned where CUDA is there.
-    labels: (N,) int64, -1 where the file has none. indices: (N,) int64, the samples' numbers in the file.
-    skipped: how many samples were bad, so that others stand in their places.
-    """
-
-    images: tuple[torch.Tensor, ...]
-    labels: torch.Tensor
-    indices: torch.Tensor
-    skipped: int
 
 
 class ViewLoader:
@@ -63,6 +44,7 @@ class ViewLoader:
     change them. Where a view lies in its image no other crop changes, but all decide together how far an image is
     shrunk while it is decoded: small views of small parts may keep whole what large ones alone would have shrunk, and
     so change the large ones' pixels, by less than 2.5 levels on average.
+
     A context manager: `close`, or dropping the loader, ends its threads.
 
     Memory: see `memory_needed`.
@@ -107,7 +89,7 @@ class ViewLoader:
         if os_cache:
             check_cached(self.beton)
         self.os_cache = can_be_cached(self.beton) if os_cache is None else os_cache
-        self.identity = _identity(os.stat(self.beton))
+        self.identity = identity(os.stat(self.beton))
         self.records = record_table(summary)
         self.scratch_bytes = scratch_bytes(self.records)
         self._scratch, self._warning = threading.local(), threading.Lock()
@@ -165,7 +147,7 @@ class ViewLoader:
         none, nothing = np.empty(0, np.int64), np.empty(0, np.uint8)
         self._decode_views(-1, self.records, none, 0, 0, self.views, self.seed, self.seed, nothing, nothing)
 
-    def _decode(self, file: int, epoch: np.uint64, batch: np.ndarray, images: np.ndarray, places: slice) -> int:
+    def decode(self, file: int, epoch: np.uint64, batch: np.ndarray, images: np.ndarray, places: slice) -> int:
         """Fills in the views of `batch[places]`, in a worker thread; returns how many samples it had to replace there.
 
         batch: (N,) the whole batch, into which the samples that take a bad one's place are written. images: its buffer.
@@ -180,12 +162,13 @@ class ViewLoader:
             title = sample_title(self.beton, int(wanted[0]))
             raise LoaderError(f"{title}{others} cannot be loaded: {error!r}") from error
         if not self.os_cache:
-            self._advise(file, wanted, os.POSIX_FADV_DONTNEED)
+            self.advise(file, wanted, os.POSIX_FADV_DONTNEED)
         return replaced
 
     def _decode_chunk(
         self, file: int, epoch: np.uint64, batch: np.ndarray, images: np.ndarray, places: slice, wanted: np.ndarray
     ) -> int:
+        """As `decode`; wanted: (n,) the samples of `batch[places]` that were asked for."""
         first, replaced = places.start, 0
         while True:
             indices = batch[first : places.stop]
@@ -208,12 +191,16 @@ class ViewLoader:
             replaced += batch[first] == original
             batch[first] = self._instead(batch[first], original, status)
 
+    def forget_scratch(self) -> None:
+        """Frees the threads' memory for decoding: they stay, it need not."""
+        self._scratch = threading.local()
+
     def _scratch_for(self, indices: np.ndarray) -> np.ndarray:
         """This thread's memory for decoding: new memory would cost more than some decoding does."""
-        needed = int(self.scratch_bytes[indices].max())
-        if len(getattr(self._scratch, "bytes", ())) < needed:
-            self._scratch.bytes = np.empty(needed, np.uint8)
-        return self._scratch.bytes
+        needed, scratch = int(self.scratch_bytes[indices].max()), self._scratch  # which another pass may forget
+        if len(getattr(scratch, "bytes", ())) < needed:
+            scratch.bytes = np.empty(needed, np.uint8)
+        return scratch.bytes
 
     def _instead(self, bad: int, original: int, status: int) -> int:
         """The sample that takes the place of a bad one; raises LoaderError where none may."""
@@ -229,11 +216,11 @@ class ViewLoader:
                 print(f"warning: {message}; sample {instead} takes its place", file=sys.stderr)
         return instead
 
-    def _advise(self, file: int, indices: np.ndarray, advice: int) -> None:
+    def advise(self, file: int, indices: np.ndarray, advice: int) -> None:
         for record in self.records[indices]:
             os.posix_fadvise(file, int(record["offset"]), int(record["size"]), advice)
 
-    def _by_size(self, images: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
+    def by_size(self, images: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
         """The views of `count` samples in a batch's buffer."""
         parts = images.split([count * views * size * size * 3 for size, views in self.groups])
         shapes = [(count, views, size, size, 3) for size, views in self.groups]
@@ -250,100 +237,3 @@ def memory_needed(
     """
     views = sum(crop.size**2 * 3 for crop in crops)
     return (batches_ahead + 2) * batch_size * views + workers * image_bytes + samples * BYTES_PER_SAMPLE
-
-
-class ViewBatches:
-    """One pass over batches of views: an iterator to be closed. Made by ViewLoader.batches."""
-
-    def __init__(self, loader: ViewLoader, indices: np.ndarray, epoch: np.uint64) -> None:
-        self._loader, self._epoch = loader, epoch
-        self._coming = iter(indices)
-        self._buffers = Buffers(indices.shape[1] * loader.bytes_per_sample, kept=loader.batches_ahead + 1)
-        self._pending: deque[tuple[np.ndarray, torch.Tensor, list[Future]]] = deque()
-        try:
-            self._file = os.open(loader.beton, os.O_RDONLY)
-        except OSError as error:
-            raise LoaderError(f"{loader.beton} cannot be opened any more: {error.strerror}") from error
-        self._closed = False
-        try:
-            self._check_unchanged()
-            if not loader.os_cache:
-                # Or the system would read on behind every record.
-                os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_RANDOM)
-            for _ in range(loader.batches_ahead):
-                self._schedule()
-        except BaseException:
-            self.close()
-            raise
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self
-
-    def __next__(self) -> Batch:
-        if not self._pending:
-            self.close()
-            raise StopIteration
-        try:
-            indices, images, chunks = self._pending[0]
-            skipped = sum(chunk.result() for chunk in chunks)
-            self._pending.popleft()
-            self._check_unchanged()
-            self._schedule()
-        except BaseException:
-            self.close()
-            raise
-        labels = torch.from_numpy(self._loader.labels[indices])
-        return Batch(self._loader._by_size(images, len(indices)), labels, torch.from_numpy(indices), skipped)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        if not getattr(self, "_closed", True):
-            self.close()
-
-    def close(self) -> None:
-        """Drops what is not decoded yet and waits for the chunks in hand: no thread is at work, no file is open."""
-        if self._closed:
-            return
-        self._closed = True
-        chunks = [chunk for _, _, chunks in self._pending for chunk in chunks]
-        self._pending.clear()
-        try:
-            wait([chunk for chunk in chunks if not chunk.cancel()])
-        finally:
-            self._loader._scratch = threading.local()  # the threads stay, their memory need not
-            os.close(self._file)
-
-    def _check_unchanged(self) -> None:
-        if _identity(os.fstat(self._file)) != self._loader.identity:
-            raise LoaderError(f"{self._loader.beton} was changed after it had been opened for loading")
-
-    def _schedule(self) -> None:
-        """Hands the next batch, if any, to the workers."""
-        indices = next(self._coming, None)
-        if indices is None:
-            return
-        loader = self._loader
-        indices = indices[indices >= 0]
-        size = len(indices) * loader.bytes_per_sample
-        # torch uses pinned memory again by itself.
-        images = torch.empty(size, dtype=torch.uint8, pin_memory=True) if loader.pinned else self._buffers.take(size)
-        if not loader.os_cache:
-            loader._advise(self._file, indices, os.POSIX_FADV_WILLNEED)
-        chunk = max(1, -(-len(indices) // (loader.workers * CHUNKS_PER_WORKER)))
-        # The workers hold no reference to this iterator, so that dropping it closes it, and in the consumer's thread.
-        decode = partial(loader._decode, self._file, self._epoch, indices, images.numpy())
-        chunks = [
-            loader.executor.submit(decode, slice(start, min(start + chunk, len(indices))))
-            for start in range(0, len(indices), chunk)
-        ]
-        self._pending.append((indices, images, chunks))
-
-
-def _identity(status: os.stat_result) -> tuple[int, int, int, int]:
-    """What changes when a file is written to or replaced."""
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
