@@ -15,7 +15,7 @@ OVERRIDES += ["schedule.epochs=2", "optimizer.name=lars", "optimizer.lr=0.5", "c
 OVERRIDES += ["safety.time_limit_minutes=0.0001", "compute.precision=float32"]
 # The numbers of ranks that save and that go on, with their stages.
 SOURCES = {"zero0": 1, "zero2": 2, "zero3": 2}
-TARGETS = {1: ("zero0", "zero2"), 2: ("zero1", "zero3", "zero3_offload"), 4: ("zero2", "zero3")}
+TARGETS = {1: ("zero0", "zero3_offload"), 2: ("zero1", "zero3"), 4: ("zero2",)}
 
 
 def work(folder: Path, *checkpoints: Path) -> None:
