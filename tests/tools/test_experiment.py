@@ -75,6 +75,17 @@ def test_options_of_submit_go_with_submit(experiment, capsys):
     assert "options of slurm/submit.py go with --submit" in capsys.readouterr().err
 
 
+def test_its_runs_become_one_job_array(experiment, digits, tmp_path, capfd):
+    options = ["--nodes", "1", "--ranks-per-node", "1", "--dry-run"]
+    arguments = ["epsilon", "--data", str(digits), "--out", str(tmp_path), "--seeds", "2", "--submit", *options]
+    assert experiment.main(arguments) == 0
+    shown = capfd.readouterr().out
+    assert "#SBATCH --array=0-9%" in shown
+    for epsilon in ("0.0", "0.01", "0.02", "0.05", "0.09"):
+        for seed in (0, 1):
+            assert f"{tmp_path / 'epsilon-smoke'}/{epsilon}-seed{seed}\n" in shown
+
+
 def test_without_a_name_they_are_listed(experiment, lists, capsys):
     assert experiment.main([]) == 0
     shown = capsys.readouterr().out
