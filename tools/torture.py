@@ -73,16 +73,17 @@ def main(arguments: list[str] | None = None) -> int:
             return 2
         names = ("undisturbed", "tortured")
         calm, tortured = (Run(place / name, options.recipe, overrides, options.ranks) for name in names)
+        warm_up()
         calm.start()
         calm.wait_for_end()
-        steps = calm.steps()
+        steps, setting_up = calm.steps(), calm.setting_up()
         print(f"undisturbed: {steps} steps in {calm.seconds:.0f} s", flush=True)
         moments = sorted(rng.randrange(steps * 3 // 4) for _ in range(options.kills))  # later it might have ended
         kinds = list(islice(cycle(KINDS), options.kills))
         rng.shuffle(kinds)
         for moment, kind in tqdm(list(zip(moments, kinds, strict=True)), unit="kill", mininterval=1):
             tortured.start()
-            tqdm.write(f"killed {tortured.torture(rng, kind, moment)}", file=sys.stderr)
+            tqdm.write(f"killed {tortured.torture(rng, kind, moment, setting_up)}", file=sys.stderr)
         tortured.start()
         tortured.wait_for_end()
         return compare(calm, tortured, options.kills)
@@ -97,6 +98,13 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--keep", type=Path, metavar="DIR", help="leave both runs in this folder")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe, such as data.dir=data/digits")
     return parser.parse_intermixed_args(arguments)
+
+
+def warm_up() -> None:
+    """Let the server that ranks are forked from import what it imports before a run's time is taken."""
+    process = CONTEXT.Process(target=int)
+    process.start()
+    process.join()
 
 
 class Run:
@@ -134,11 +142,14 @@ class Run:
         """Wait until so many steps, and one since the last start, are recorded; or the run ends."""
         self._wait_until(lambda: self.steps() >= max(1, step))
 
-    def torture(self, rng: random.Random, kind: str, moment: int) -> str:
-        """Kill some ranks after about `moment` steps, and wait for the others' end; tells what was done."""
+    def torture(self, rng: random.Random, kind: str, moment: int, setting_up: float) -> str:
+        """Kill some ranks after about `moment` steps, or while they start, and wait for the others' end.
+
+        setting_up: seconds that a start takes. Returns what was done.
+        """
         victims = self.processes if rng.random() < 0.5 else [rng.choice(self.processes)]
         if kind == STARTING:
-            patience = time.monotonic() + rng.uniform(0.0, 2.0)
+            patience = time.monotonic() + rng.uniform(0.0, setting_up / 2)
             self._wait_until(lambda: time.monotonic() > patience or self.steps() > 0)
         elif kind == STEPPING:
             self.wait_for_step(moment)
@@ -166,6 +177,10 @@ class Run:
         except ValueError:  # it is being written
             return 0
         return max((line["step"] for line in lines if line["time"] > self.started_at), default=0)
+
+    def setting_up(self) -> float:
+        """Seconds from the last start to the first record."""
+        return min(line["time"] for line in read_metrics(self.place / "metrics.jsonl")) - self.started_at
 
     def is_saving(self) -> bool:
         """Whether a checkpoint is being written: what a killed run left of one is older."""
