@@ -161,6 +161,8 @@ class Run:
             time.sleep(rng.uniform(0.0, 0.05))
         if kind != SAVING:
             kind = STEPPING if self.steps() else STARTING
+        if kind == STARTING:
+            victims = self.processes  # who has not met the others yet would wait for them for minutes
         for process in victims:
             process.kill()
         for process in self.processes:
