@@ -93,6 +93,7 @@ def processes_of(submission):
     return found
 
 
+@pytest.mark.slow
 def test_a_sweep_one_of_whose_ranks_fails(submit, submit_py, tmp_path):
     """The snapshot is broken once the first run has read it: the second one fails."""
     base = tmp_path / "sweep"

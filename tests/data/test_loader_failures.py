@@ -218,6 +218,7 @@ def test_an_early_stop_leaves_no_thread_and_no_open_file(jpeg_beton, leave):
         assert os.listdir("/proc/self/fd") == files
 
 
+@pytest.mark.usefixtures("ctrl_c_interrupts")
 def test_an_interrupt_ends_a_wait_for_a_batch(jpeg_beton):
     # Decoding the batch takes some tenths of a second, of which the interrupt needs one.
     many = np.resize(np.arange(COUNT), (1, 30_000))

@@ -253,6 +253,7 @@ def test_a_data_set_set_aside_by_a_killed_overwrite_comes_back(tmp_path, stop_af
     assert contents_of(tmp_path / "out") == expected
 
 
+@pytest.mark.usefixtures("ctrl_c_interrupts")
 def test_an_interrupt_between_two_images_loses_none(tmp_path, stop_after, monkeypatch):
     """Ctrl-C comes at any place: here after an image was written and before it was counted."""
     source = array_source(200)

@@ -127,6 +127,7 @@ def test_all_other_evaluators_measure_on_two_processes_what_they_do_on_one(run_a
     assert 40 < alone["corruption"]["metrics"]["clean_knn"] < 100
 
 
+@pytest.mark.slow
 def test_two_processes_take_what_one_has_kept(run_and_data, torchrun):
     run, _ = run_and_data
     arguments = ["--checkpoint", run, "dispersion", "alignment_uniformity", "--batch-size", 8]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 IMAGES, STEPS, SIZE = 16, 4, 16
+CASES = [(1, "zero3"), (2, "zero3"), (2, "zero3_offload")]
 OVERRIDES = [
     "compute.precision=float32",
     f"data.image_size={SIZE}",
@@ -74,7 +75,7 @@ def bytes_held(module: nn.Module) -> int:
     return sum(storages.values())
 
 
-@pytest.fixture(scope="module", params=[(1, "zero3"), (2, "zero3"), (4, "zero3"), (2, "zero3_offload")], ids=str)
+@pytest.fixture(scope="module", params=[*CASES, pytest.param((4, "zero3"), marks=pytest.mark.slow)], ids=str)
 def ranks(request: pytest.FixtureRequest, run_ranks, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     world_size, zero = request.param
     return run_ranks(__file__, world_size, tmp_path_factory.mktemp("teacher"), zero)

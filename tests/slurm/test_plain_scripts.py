@@ -42,6 +42,7 @@ def test_srun(sbatch):
     assert "stopped by SIGUSR2" in sbatch("srun.sbatch", "--nodes=2", "--ntasks-per-node=1")
 
 
+@pytest.mark.slow
 def test_deepspeed(sbatch):
     assert "stopped by SIGUSR2" in sbatch("deepspeed.sbatch", "--export=ALL,RANKS=2", "--cpus-per-task=2")
 

@@ -94,6 +94,7 @@ def test_without_a_name_they_are_listed(experiment, lists, capsys):
         assert content["question"] in shown
 
 
+@pytest.mark.slow
 def test_an_experiment_is_run_measured_and_shown_and_given_again_only_shown(experiment, digits, tmp_path, capfd):
     settings = ["data.image_size=16", "data.workers=1", "schedule.epochs=1", "compute.precision=float32"]
     settings += ["schedule.warmup_epochs=0", "batch.global_batch_size=64", "online_knn.every_epochs=0"]
