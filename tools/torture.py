@@ -40,7 +40,7 @@ from varscale.errors import UserError
 
 POLL = 0.005  # seconds
 PATIENCE = 600.0  # seconds without a step
-KINDS = STARTING, STEPPING, SAVING = "while starting", "in a step", "while saving"
+KINDS = STEPPING, STARTING, SAVING = "in a step", "while starting", "while saving"
 UNEQUAL = {"time", "images_per_second"}  # of metrics: they tell of the clock
 SETTINGS = ("data.image_size=16", "data.workers=1", "logging.every_steps=1", "logging.trackers=[]")
 # Not every step is recorded, so that checkpoints find something in the meters.
@@ -73,17 +73,16 @@ def main(arguments: list[str] | None = None) -> int:
             return 2
         names = ("undisturbed", "tortured")
         calm, tortured = (Run(place / name, options.recipe, overrides, options.ranks) for name in names)
-        warm_up()
         calm.start()
         calm.wait_for_end()
-        steps, setting_up = calm.steps(), calm.setting_up()
+        steps = calm.steps()
         print(f"undisturbed: {steps} steps in {calm.seconds:.0f} s", flush=True)
         moments = sorted(rng.randrange(steps * 3 // 4) for _ in range(options.kills))  # later it might have ended
-        kinds = list(islice(cycle(KINDS), options.kills))
-        rng.shuffle(kinds)
+        first, *others = islice(cycle(KINDS), options.kills)  # the first shows how long a start takes
+        kinds = [first, *rng.sample(others, len(others))]
         for moment, kind in tqdm(list(zip(moments, kinds, strict=True)), unit="kill", mininterval=1):
             tortured.start()
-            tqdm.write(f"killed {tortured.torture(rng, kind, moment, setting_up)}", file=sys.stderr)
+            tqdm.write(f"killed {tortured.torture(rng, kind, moment)}", file=sys.stderr)
         tortured.start()
         tortured.wait_for_end()
         return compare(calm, tortured, options.kills)
@@ -100,13 +99,6 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(arguments)
 
 
-def warm_up() -> None:
-    """Let the server that ranks are forked from import what it imports before a run's time is taken."""
-    process = CONTEXT.Process(target=int)
-    process.start()
-    process.join()
-
-
 class Run:
     """One run in `place`: its ranks as processes, started as often as they end."""
 
@@ -115,6 +107,7 @@ class Run:
         self.arguments = ["--config", recipe, *SETTINGS, *overrides, f"output_dir={place}", "--resume", "auto"]
         self.processes: list[BaseProcess] = []
         self.started_at = 0.0  # seconds since 1970
+        self.shortest_start = PATIENCE  # seconds from a start to its first record, of those seen
 
     def start(self, target: Callable[..., None] | None = None) -> None:
         """Start all ranks, each with `rank_main` or what replaces it."""
@@ -140,16 +133,15 @@ class Run:
 
     def wait_for_step(self, step: int) -> None:
         """Wait until so many steps, and one since the last start, are recorded; or the run ends."""
-        self._wait_until(lambda: self.steps() >= max(1, step))
+        self._wait_until(lambda: self.steps() > 0)
+        self.shortest_start = min(self.shortest_start, time.time() - self.started_at)
+        self._wait_until(lambda: self.steps() >= step)
 
-    def torture(self, rng: random.Random, kind: str, moment: int, setting_up: float) -> str:
-        """Kill some ranks after about `moment` steps, or while they start, and wait for the others' end.
-
-        setting_up: seconds that a start takes. Returns what was done.
-        """
+    def torture(self, rng: random.Random, kind: str, moment: int) -> str:
+        """Kill some ranks after about `moment` steps, and wait for the others' end; tells what was done."""
         victims = self.processes if rng.random() < 0.5 else [rng.choice(self.processes)]
         if kind == STARTING:
-            patience = time.monotonic() + rng.uniform(0.0, setting_up / 2)
+            patience = time.monotonic() + rng.uniform(0.0, self.shortest_start / 2)
             self._wait_until(lambda: time.monotonic() > patience or self.steps() > 0)
         elif kind == STEPPING:
             self.wait_for_step(moment)
@@ -179,10 +171,6 @@ class Run:
         except ValueError:  # it is being written
             return 0
         return max((line["step"] for line in lines if line["time"] > self.started_at), default=0)
-
-    def setting_up(self) -> float:
-        """Seconds from the last start to the first record."""
-        return min(line["time"] for line in read_metrics(self.place / "metrics.jsonl")) - self.started_at
 
     def is_saving(self) -> bool:
         """Whether a checkpoint is being written: what a killed run left of one is older."""
