@@ -3,9 +3,16 @@
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from varscale.engine.learners.base import Terms
+from varscale.engine.learners.base import Forward, MicroBatch, Terms
+from varscale.models.norm import frozen_running_statistics
+
+
+def first_pass(network: nn.Module, forward: Forward, micro_batches: Sequence[MicroBatch]) -> list[Tensor]:
+    """The network's output for each micro-batch, without gradient and without a trace in batch norm's statistics."""
+    with torch.no_grad(), frozen_running_statistics(network):
+        return [forward(*batch.views) for batch in micro_batches]
 
 
 class StepGradient:

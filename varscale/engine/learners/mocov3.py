@@ -7,12 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from varscale.config import BatchSizes, Config
-from varscale.engine.learners.accumulation import StepGradient
+from varscale.engine.learners.accumulation import StepGradient, first_pass
 from varscale.engine.learners.base import Forward, Learner, MicroBatch, Terms
 from varscale.engine.learners.teacher_student import TeacherStudentLearner, by_view
 from varscale.engine.messages import Message
 from varscale.models.networks import build_student_network
-from varscale.models.norm import frozen_running_statistics
 from varscale.objectives.mocov3 import mocov3_loss
 
 
@@ -43,8 +42,7 @@ class MoCoV3Learner(TeacherStudentLearner):
         self.step_gradient = None
         if not self.needs_first_pass(len(micro_batches)):
             return
-        with torch.no_grad(), frozen_running_statistics(self.network):
-            outputs = [forward(*batch.views) for batch in micro_batches]
+        outputs = first_pass(self.network, forward, micro_batches)
         keys = _joined([self.teacher_outputs(batch) for batch in micro_batches])
 
         def step_loss(parts: list[Tensor]) -> tuple[Tensor, Terms]:

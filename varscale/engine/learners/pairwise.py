@@ -7,11 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from varscale.config import BatchSizes, Config
-from varscale.engine.learners.accumulation import StepGradient
+from varscale.engine.learners.accumulation import StepGradient, first_pass
 from varscale.engine.learners.base import Forward, Learner, MicroBatch, Terms
 from varscale.engine.messages import Message
 from varscale.models.networks import build_embedding_network
-from varscale.models.norm import frozen_running_statistics
 from varscale.objectives.supcon import supcon_loss
 
 
@@ -46,8 +45,7 @@ class PairwiseLearner(Learner):
         self.step_gradient = None
         if not self.needs_first_pass(len(micro_batches)):
             return
-        with torch.no_grad(), frozen_running_statistics(self.network):
-            outputs = [forward(*batch.views) for batch in micro_batches]
+        outputs = first_pass(self.network, forward, micro_batches)
         numbers = torch.cat([batch.for_every_view(self.numbers(batch)) for batch in micro_batches])
         self.step_gradient = StepGradient(outputs, lambda parts: self._contrast(torch.cat(parts), numbers))
 

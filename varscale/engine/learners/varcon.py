@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from varscale.config import BatchSizes, Config, VarConConfig
+from varscale.engine.learners.accumulation import first_pass
 from varscale.engine.learners.base import Forward, Learner, MicroBatch, Shown, Terms
 from varscale.engine.messages import Message
 from varscale.models.networks import build_embedding_network
-from varscale.models.norm import frozen_running_statistics
 from varscale.objectives.centroids import MAX_DENSE_CLASSES, local_statistics
 from varscale.objectives.varcon import varcon_loss, varcon_loss_from_statistics
 
@@ -38,10 +38,11 @@ class VarConLearner(Learner):
         self.statistics = None
         if not self.needs_first_pass(len(micro_batches)):
             return
-        with torch.no_grad(), frozen_running_statistics(self.network):
-            parts = [
-                local_statistics(forward(*b.views), b.for_every_view(b.labels), self.num_classes) for b in micro_batches
-            ]
+        embeddings = first_pass(self.network, forward, micro_batches)
+        parts = [
+            local_statistics(z, batch.for_every_view(batch.labels), self.num_classes)
+            for z, batch in zip(embeddings, micro_batches, strict=True)
+        ]
         total = parts[0]
         for part in parts[1:]:
             total = total + part
