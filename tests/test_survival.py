@@ -132,8 +132,8 @@ def test_the_time_limit_stops_a_run(new_run):
     run = new_run("limited", *VIT, "safety.time_limit_minutes=0.0001", ranks=1)
     run.start()
     run.wait_for_end(75)
-    assert run.steps() == 1
-    assert state(run, 1)["step"] == 1
+    assert run.steps() == 2, "one step ends while the next is taken"
+    assert state(run, 2)["step"] == 2
     assert "stopped by the time limit" in run.log.read_text()
 
 
@@ -191,7 +191,8 @@ def test_a_rank_that_stands_still_ends_the_others_with_their_stacks(new_run):
     for rank in (0, 2):
         assert f"watchdog: rank {rank} of 3 on " in said
     assert said.count("has done nothing for 6 s") == 2
-    assert f"its last step was {run.steps()}" in said
+    done = {int(step) for step in re.findall(r"the last step it saw done was (\d+)", said)}
+    assert done <= {run.steps(), run.steps() + 1}, "metrics are recorded a step later, or with a checkpoint"
     assert "in take_step" in said or "in greatest" in said, "the stack shows where it waited"
 
 
@@ -200,7 +201,7 @@ def test_a_dead_loader_ends_the_run_with_its_stack(new_run):
     run.start(with_fault(faults.dead_loader, step=3))
     run.wait_for_end(75)
     said = run.log.read_text()
-    assert "its last step was 2" in said
+    assert "the last step it saw done was 1" in said, "while it waited for step 3, nobody asked after step 2"
     assert "/faults.py" in said, "the stack shows where it waited"
 
 

@@ -12,7 +12,7 @@ if not __package__:  # run as a script: with its folder on the path, our modules
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING
 
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
     from torch import Tensor
 
+    from varscale.engine.bad_steps import BadSteps
     from varscale.engine.distributed import Ranks
     from varscale.engine.learners import Learner, MicroBatch, Terms
 
@@ -149,10 +150,12 @@ def run(job: Job, checkpoint: Path | None, position: TrainState | None, ranks: "
     from varscale.engine.distributed import greatest
     from varscale.engine.learners import build_learner
     from varscale.engine.meter import Meter
-    from varscale.engine.opening import dismantled_by_rewind, open_engine, open_steps
+    from varscale.engine.opening import dismantled_by_rewind, garbage_left_alone, open_engine, open_steps
+    from varscale.engine.outcomes import Outcomes
     from varscale.engine.pulse import Pulse
     from varscale.engine.saving import CheckpointWriter
     from varscale.engine.schedules import LearningRate
+    from varscale.engine.taken import TakenStep
     from varscale.engine.telemetry import Telemetry
     from varscale.engine.watchdog import Watchdog
     from varscale.engine.zero import set_learning_rate
@@ -179,66 +182,65 @@ def run(job: Job, checkpoint: Path | None, position: TrainState | None, ranks: "
     place = Place(ranks.device, ranks.rank, ranks.world_size)
     knn = OnlineKNN(config, data.info, learner.network, place, ranks.cores, data.labelled, watchdog.beat)
     pulse = Pulse(knn, steps)
-    reason = 0
+    outcomes = Outcomes(state, learner, bad_steps, telemetry, stop, writer, watchdog, ranks)
 
     def save() -> None:
+        outcomes.settle()
         telemetry.sync()
         writer.write(state.step, resume.collect(engine, learner, meter), state.to_dict())
 
-    with dismantled_by_rewind(engine), watchdog, telemetry, writer:
+    with dismantled_by_rewind(engine), garbage_left_alone(), watchdog, telemetry, writer:
         stop.defer_interrupts()
         if position:
             save()  # what is measured below is to have its checkpoint, and the next rewind ends here
         pulse.measure(state, telemetry, writer)
-        while state.step < total_steps and not reason:
+        while state.step < total_steps and not outcomes.reason:
             with closing(steps_from(*state.position(steps))) as rest_of_epoch:
                 for micro_batches in rest_of_epoch:
                     lr = learning_rate(state.step)
                     set_learning_rate(engine, lr)
                     seed_step(config.seed, state.step, ranks.rank)
                     bad_steps.remember()
-                    terms, gradient_norm = take_step(engine, learner, micro_batches, bad_steps.mark)
+                    terms, norm = take_step(engine, learner, micro_batches, bad_steps)
                     state.advance(sizes.global_batch_size)
-
-                    mine = bad_steps.is_bad(terms, gradient_norm), stop.reason, writer.retry_is_due
-                    is_bad, reason, retry = greatest(mine, ranks.device)
-                    if is_bad:
-                        bad_steps.handle(state, terms, micro_batches, gradient_norm)
-                    else:
+                    step = TakenStep(state, lr=lr, terms=terms, micro_batches=micro_batches, gradient_norm=norm)
+                    outcomes.follow(step)
+                    if not step.is_bad:
                         learner.after_step(state.step)
-                    telemetry.step(learner, [] if is_bad else terms, lr=lr, gradient_norm=gradient_norm)
-                    watchdog.beat(state.step)
-                    is_due = state.step % (config.checkpoint.every_steps or steps) == 0
-                    if is_due or reason or retry or state.step == total_steps or pulse.is_due(state):
+                    outcomes.settle(leave_open=1)
+                    is_due = state.step % (config.checkpoint.every_steps or steps) == 0 or state.step == total_steps
+                    if is_due or pulse.is_due(state) or outcomes.reason or outcomes.retry_is_due:
                         save()
-                    if reason:
+                    if outcomes.reason:
                         break
-            if not reason:
+            if not outcomes.reason:
                 pulse.measure(state, telemetry, writer)
         if pulse.has_measured and state.step == total_steps:
             save()  # once more: nothing is left to do
-        (unsaved,) = greatest((not writer.finish(),), ranks.device)
-    return int(reason) or (UNSAVED if unsaved else 0)
+        (unsaved,) = greatest((not writer.finish(),), ranks)
+    return outcomes.reason or (UNSAVED if unsaved else 0)
 
 
 def take_step(
     engine: "DeepSpeedEngine",
     learner: "Learner",
     micro_batches: "Sequence[MicroBatch]",
-    mark: "Callable[[Tensor, Terms], tuple[Tensor, Terms]]" = lambda loss, terms: (loss, terms),
-) -> "tuple[list[Terms], float]":
-    """One optimizer step over all micro-batches: the terms of each, as `mark` returns them, and the gradient's norm."""
+    bad_steps: "BadSteps | None" = None,
+) -> "tuple[list[Terms], Tensor]":
+    """One optimizer step over all micro-batches: the terms of each, and the gradient's norm, both on the device."""
     from varscale.engine.zero import step_with_gradient_norm
 
     learner.before_step(engine, micro_batches)
     terms = []
     for number, batch in enumerate(micro_batches, start=1):
-        loss, parts = mark(*learner.loss(engine, batch))
+        loss, parts = learner.loss(engine, batch)
+        if bad_steps is not None:
+            loss, parts = bad_steps.mark(loss, parts)
         engine.backward(loss)  # DeepSpeed divides by the number of micro-batches and averages over ranks
         terms.append(parts | {"bad_sample_count": loss.new_full((), batch.bad_samples)})
         if number < len(micro_batches):
             engine.step()  # only counts the micro-batch
-    return terms, step_with_gradient_norm(engine)
+    return terms, step_with_gradient_norm(engine, refuse_bad=bad_steps is not None and bad_steps.must_be_known_at_once)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from varscale.engine.learners import build_learner
 from varscale.engine.meter import Meter
 from varscale.engine.rundir import read_metrics
 from varscale.engine.state import TrainState
+from varscale.engine.taken import TakenStep
 from varscale.engine.telemetry import Telemetry
 
 
@@ -37,6 +38,10 @@ def terms(spread):
     scalars = {"loss": 1.0, "kl": 0.4, "nll": 0.6, "cosine": 0.9, "direction_square": 1.0}
     direction = torch.tensor([[(1 - spread**2) ** 0.5, 0.0]] * 2)
     return [{name: torch.tensor(value) for name, value in scalars.items()} | {"direction": direction}]
+
+
+def taken(state, terms):
+    return TakenStep(state, lr=0.1, terms=terms, micro_batches=[], gradient_norm=torch.tensor(1.0))
 
 
 def test_the_meter_averages_and_starts_anew():
@@ -82,7 +87,7 @@ def test_what_is_recorded_can_be_read_and_a_collapse_is_said_once_an_epoch(tmp_p
     with Telemetry(config, {}, "digest", 6, state, Meter(), ranks()) as telemetry:
         for spread in (healthy, collapsed, collapsed, collapsed, healthy, collapsed):
             state.advance(64)
-            telemetry.step(learner, terms(spread), lr=0.1, gradient_norm=1.0)
+            telemetry.step(learner, taken(state, terms(spread)))
         telemetry.record("knn", {"top1_k20": 90.0})
     said = [line for line in capsys.readouterr().out.splitlines() if "collapsing" in line]
     assert [line.split(":")[1].strip() for line in said] == ["step 2", "step 4"]
@@ -100,8 +105,9 @@ def test_a_resumed_run_drops_the_steps_it_takes_again_and_a_torn_line(tmp_path):
     with Telemetry(config, {}, "digest", 6, state, Meter(), ranks()) as telemetry:
         for _ in range(4):
             state.advance(64)
-            telemetry.step(learner, terms(0.1), lr=0.1, gradient_norm=1.0)
+            telemetry.step(learner, taken(state, terms(0.1)))
             if state.step == 2:
+                telemetry.sync()
                 saved = state.to_dict()
     path = tmp_path / "run" / "metrics.jsonl"
     path.write_text(path.read_text() + '{"kind": "train", "st')
@@ -116,7 +122,7 @@ def test_a_run_that_begins_with_another_ones_checkpoint_counts_its_own_metrics(t
     with Telemetry(config, {}, "digest", 6, state, Meter(), ranks()) as telemetry:
         saved = state.to_dict()  # before the first line: a kill now must not keep the lines that follow
         state.advance(64)
-        telemetry.step(learner, terms(0.1), lr=0.1, gradient_norm=1.0)
+        telemetry.step(learner, taken(state, terms(0.1)))
     with Telemetry(config, {}, "digest", 6, TrainState.from_dict(saved), Meter(), ranks()):
         assert (tmp_path / "run" / "metrics.jsonl").read_text() == ""
 
@@ -129,8 +135,9 @@ def test_a_resumed_run_shows_no_step_twice_in_tensorboard(tmp_path):
             while state.step < 4:
                 state.advance(64)
                 step = [part | {"loss": torch.tensor(loss)} for part in terms(0.1)]
-                telemetry.step(learner, step, lr=0.1, gradient_norm=1.0)
+                telemetry.step(learner, taken(state, step))
                 if state.step == 2:
+                    telemetry.sync()
                     saved = state.to_dict()
         state = TrainState.from_dict(saved)
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
@@ -142,6 +149,6 @@ def test_other_ranks_write_nothing(tmp_path):
     config, learner = vssl(tmp_path)
     state = TrainState(step=1)
     with Telemetry(config, {}, "digest", 6, state, Meter(), ranks(rank=1)) as telemetry:
-        telemetry.step(learner, terms(0.1), lr=0.1, gradient_norm=1.0)
+        telemetry.step(learner, taken(state, terms(0.1)))
         telemetry.say("nothing")
     assert not (tmp_path / "run").exists()

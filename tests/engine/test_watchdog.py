@@ -45,7 +45,7 @@ def test_it_ends_a_process_that_stands_still():
     said = process.communicate(timeout=60)[1]
     assert process.returncode == 75
     assert "watchdog: rank 0 of 2 on " in said
-    assert "has done nothing for 0.5 s (safety.watchdog_seconds); its last step was 5" in said
+    assert "has done nothing for 0.5 s (safety.watchdog_seconds); the last step it saw done was 5" in said
     assert 'File "<string>"' in said, "the stack"
 
 

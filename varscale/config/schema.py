@@ -131,6 +131,7 @@ class ComputeConfig(Section):
 
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     channels_last: bool = True
+    compile: bool = False  # torch.compile network and teacher: minutes at the start; not with ZeRO-3
     deterministic: bool = False  # on GPUs: add in a fixed order, slower; else a rerun agrees to rounding
 
 

@@ -32,6 +32,11 @@ def resolve_deepspeed(config: Config, sizes: BatchSizes) -> dict:
     filled = _fill(settings, _recipe_values(config, sizes), ())
     if filled.get("zero_optimization", {}).get("stage", 0) not in (0, 1, 2, 3):
         raise UserError(f"{path}: zero_optimization.stage must be 0, 1, 2 or 3")
+    if config.compute.compile and zero_stage(filled) == 3:
+        raise UserError(
+            f"compute.compile is true, but ZeRO stage 3 ({path}) gathers parameters in hooks that cannot be compiled; "
+            "take compute.compile=false, or zero0 to zero2"
+        )
     return filled
 
 

@@ -1,12 +1,13 @@
 """Steps that went wrong: a loss or gradient that is not finite, or a loss above the limit. Stop, skip them, or rewind.
 
-The bad step's own update never reaches the parameters, whatever the policy.
+A bad step's update never reaches a checkpoint, whatever the policy, nor, where it is skipped, the parameters.
 """
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,10 +15,9 @@ from torch import Tensor, nn
 
 from varscale.config import SafetyConfig
 from varscale.engine.distributed import gather_objects
-from varscale.engine.learners import MicroBatch
+from varscale.engine.learners import Terms
 from varscale.engine.state import TrainState
-
-Terms = dict[str, Tensor]
+from varscale.engine.taken import TakenStep
 
 
 class BadStepError(Exception):
@@ -32,12 +32,17 @@ class Rewind(Exception):
 
 
 class BadSteps:
-    """The policy of a run for steps that went wrong; `say` shows a message to the person."""
+    """The policy of a run for steps that went wrong; `say` shows a message to the person.
+
+    must_be_known_at_once: the next step must not begin before it is known whether one went wrong, at the price of
+        waiting for the device. Otherwise the run ends or goes back, and what a spoilt step left is thrown away.
+    """
 
     def __init__(self, config: SafetyConfig, run: Path, network: nn.Module, say: Callable[[str], None]) -> None:
         self.config, self.run, self.say = config, run, say
+        self.must_be_known_at_once = config.bad_step == "skip"
         # Batch normalisation's running statistics take in a bad batch before anybody can know.
-        self.buffers = list(network.buffers()) if config.bad_step == "skip" else []
+        self.buffers = list(network.buffers()) if self.must_be_known_at_once else []
         self.before = [buffer.clone() for buffer in self.buffers]
 
     def remember(self) -> None:
@@ -56,49 +61,43 @@ class BadSteps:
         loss = loss * torch.where(good, 1.0, math.nan)
         return loss, terms | {"loss": loss}
 
-    def is_bad(self, terms: Sequence[Terms], gradient_norm: float) -> bool:
-        """Whether this rank saw the step go wrong: a marked loss, or a gradient that overflowed by itself."""
-        losses = torch.stack([part["loss"].detach() for part in terms])
-        return not math.isfinite(gradient_norm) or not bool(losses.isfinite().all())
-
-    def handle(
-        self, state: TrainState, terms: Sequence[Terms], micro_batches: Sequence[MicroBatch], gradient_norm: float
-    ) -> None:
-        """What follows a bad step, on every rank, after `state` has counted it. Returns where it is only skipped.
+    def handle(self, state: TrainState, step: TakenStep) -> None:
+        """What follows a bad step, on every rank; `state` has counted it, and maybe the one behind it, which is then
+        taken again. Returns where it is only skipped.
 
         Raises:
             BadStepError: the policy is to stop, or too many steps went wrong.
             Rewind: the policy is to rewind.
         """
         state.bad_steps += 1
-        message = self._report(state, terms, micro_batches, gradient_norm)
+        message = self._report(step)
         if self.config.bad_step == "stop":
             raise BadStepError(message)
         if state.bad_steps > self.config.max_bad_steps:
             raise BadStepError(f"{message}; it is one more than safety.max_bad_steps ({self.config.max_bad_steps})")
         self.say(f"WARNING: {message}; policy: {self.config.bad_step}")
         if self.config.bad_step == "rewind":
-            raise Rewind(state)
+            raise Rewind(replace(state, step=step.number, samples_seen=step.samples_seen))
         for buffer, before in zip(self.buffers, self.before, strict=True):
             buffer.copy_(before)
 
-    def _report(
-        self, state: TrainState, terms: Sequence[Terms], micro_batches: Sequence[MicroBatch], gradient_norm: float
-    ) -> str:
+    def _report(self, step: TakenStep) -> str:
         """Write the samples of the step down, and say in one line what was wrong."""
         mine = {
-            "terms": [[name for name, value in part.items() if not bool(value.isfinite().all())] for part in terms],
-            "samples": [batch.indices.tolist() for batch in micro_batches],
+            "terms": [
+                [name for name, value in part.items() if not bool(value.isfinite().all())] for part in step.terms
+            ],
+            "samples": [batch.indices.tolist() for batch in step.micro_batches],
         }
         everyone = gather_objects(mine)
         names = sorted({name for rank in everyone for part in rank["terms"] for name in part}) or ["gradient"]
-        report = self.run / f"bad-step-{state.step:08d}.json"
+        report = self.run / f"bad-step-{step.number:08d}.json"
         if torch.distributed.get_rank() == 0:
-            written = {"step": state.step, "gradient_norm": str(gradient_norm), "ranks": everyone}
+            written = {"step": step.number, "gradient_norm": str(step.gradient_norm), "ranks": everyone}
             with suppress(OSError):  # a full disk is no reason to end what may go on
                 report.write_text(json.dumps(written, indent=1))
         wrong = "not finite" if self.config.loss_limit is None else "not finite, or the loss above safety.loss_limit"
         return (
-            f"step {state.step}: {', '.join(names)} {wrong} (gradient norm {gradient_norm}); "
+            f"step {step.number}: {', '.join(names)} {wrong} (gradient norm {step.gradient_norm}); "
             f"the samples of this step are in {report}"
         )

@@ -27,6 +27,8 @@ class Ranks:
     world_size: int
     local_world_size: int
     device: torch.device
+    host_group: dist.ProcessGroup | None = None
+    """All ranks, for what the hosts tell each other without their devices; None: the default group can do that."""
 
     @property
     def is_first(self) -> bool:
@@ -64,14 +66,15 @@ def join(watchdog_seconds: float = 0.0) -> Ranks:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     patience = timedelta(seconds=max(PATIENCE, 2 * watchdog_seconds))
     deepspeed.init_distributed(dist_backend=backend, timeout=patience, verbose=False)
-    ranks = Ranks(dist.get_rank(), local_rank, world_size, local_world_size, device)
+    host_group = None if backend == "gloo" else dist.new_group(backend="gloo", timeout=patience)
+    ranks = Ranks(dist.get_rank(), local_rank, world_size, local_world_size, device, host_group)
     torch.set_num_threads(ranks.cores)
     return ranks
 
 
 def meet(ranks: Ranks) -> None:
     """Wait for all ranks. Launchers end those that outlive another one, and rank 0 may still be writing."""
-    greatest((0,), ranks.device)
+    greatest((0,), ranks)
 
 
 def leave() -> None:
@@ -98,10 +101,13 @@ def announced_failure() -> str | None:
         return store.get(FAILURE).decode()
 
 
-def greatest(values: Sequence[float], device: torch.device) -> list[float]:
-    """The greatest of each value over all ranks, on every rank: how they agree on what only some of them know."""
-    found = torch.tensor(values, dtype=torch.float32, device=device)
-    dist.all_reduce(found, dist.ReduceOp.MAX)
+def greatest(values: Sequence[float], ranks: Ranks) -> list[float]:
+    """The greatest of each value over all ranks, on every rank: how they agree on what only some of them know.
+
+    Between hosts: no device is waited for.
+    """
+    found = torch.tensor(values, dtype=torch.float32)
+    dist.all_reduce(found, dist.ReduceOp.MAX, group=ranks.host_group)
     return found.tolist()
 
 

@@ -1,11 +1,12 @@
 """What the steps between two lines of metrics come to, over micro-batches, steps and ranks."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from varscale.data.transfer import HostCopy
 from varscale.engine.distributed import gather_objects
 
 SEPARATOR = "//"  # in the names of a saved meter: rank // table // term
@@ -46,14 +47,20 @@ class Meter:
             else:
                 self.sums[name] = self.sums.get(name, 0.0) + values.mean()
 
-    def read(self) -> dict[str, Tensor]:
-        """What was added on every rank since the last call, in float64 on the CPU. A collective."""
+    def begin_reading(self) -> Callable[[], dict[str, Tensor]]:
+        """Start anew; what was added on every rank before is on its way to the host, and the function returns it, in
+        float64 on the CPU, once it has come. A collective; the function is none.
+        """
         means = {name: total / self.steps for name, total in self.sums.items()} | self.latest
         shares = {name: mean / dist.get_world_size() for name, mean in means.items()}
-        found = _all_reduce(shares | self.counts, dist.ReduceOp.SUM)
-        found |= {name: _sign(name) * value for name, value in _all_reduce(self.extremes, dist.ReduceOp.MAX).items()}
+        totals = _begin_all_reduce(shares | self.counts, dist.ReduceOp.SUM)
+        extremes = _begin_all_reduce(self.extremes, dist.ReduceOp.MAX)
         self._start_anew()
-        return found
+        return lambda: totals() | {name: _sign(name) * value for name, value in extremes().items()}
+
+    def read(self) -> dict[str, Tensor]:
+        """What was added on every rank since the last reading. A collective."""
+        return self.begin_reading()()
 
     def gather(self) -> dict[str, Tensor]:
         """What every rank's meter holds, on the CPU, for `restore`. A collective."""
@@ -94,11 +101,16 @@ def _sign(name: str) -> int:
     return -1 if name.endswith("_min") else 1
 
 
-def _all_reduce(tensors: dict[str, Tensor], operation: dist.ReduceOp) -> dict[str, Tensor]:
-    """The tensors reduced over all ranks in one collective, on the CPU."""
+def _begin_all_reduce(tensors: dict[str, Tensor], operation: dist.ReduceOp) -> Callable[[], dict[str, Tensor]]:
+    """The tensors reduced over all ranks in one collective, for when they are on the CPU."""
     if not tensors:
-        return {}
+        return dict
     packed = torch.cat([tensor.flatten() for tensor in tensors.values()])
     dist.all_reduce(packed, operation)
-    parts = packed.cpu().split([tensor.numel() for tensor in tensors.values()])
-    return {name: part.view_as(tensor) for (name, tensor), part in zip(tensors.items(), parts, strict=True)}
+    names, shapes, copy = list(tensors), [tensor.shape for tensor in tensors.values()], HostCopy(packed)
+
+    def read() -> dict[str, Tensor]:
+        parts = copy.read().split([shape.numel() for shape in shapes])
+        return {name: part.view(shape) for name, shape, part in zip(names, shapes, parts, strict=True)}
+
+    return read

@@ -12,13 +12,15 @@ from varscale.data.augment import Augmentation
 from varscale.data.geometry import training_crops
 from varscale.data.loader import Batch, ViewLoader
 from varscale.data.sampling import epoch_order, rank_batches
-from varscale.data.transfer import to_device
+from varscale.data.transfer import Upload
 from varscale.engine.bad_steps import Rewind
 from varscale.engine.distributed import Ranks
 from varscale.engine.launch import Job
 from varscale.engine.learners import Learner, MicroBatch
 from varscale.engine.optimizers import build_optimizer
 from varscale.engine.zero import build_engine, partition_companion, partition_group
+
+STEPS_PER_COLLECTION = 50  # of garbage: the same steps on every rank
 
 
 def open_engine(config: Config, deepspeed: dict, learner: Learner) -> DeepSpeedEngine:
@@ -28,6 +30,9 @@ def open_engine(config: Config, deepspeed: dict, learner: Learner) -> DeepSpeedE
         partition_group=partition_group(deepspeed),
         **config.optimizer.model_dump(exclude={"clip_grad_norm"}),
     )
+    if config.compute.compile:
+        for module in (learner.network, *learner.companions().values()):
+            module.compile(dynamic=False)
     engine = build_engine(learner.network, optimizer, deepspeed)
     for companion in learner.companions().values():
         partition_companion(companion, deepspeed)
@@ -42,6 +47,22 @@ def dismantled_by_rewind(engine: DeepSpeedEngine) -> Iterator[None]:
     except Rewind:
         engine.destroy()
         raise
+
+
+@contextmanager
+def garbage_left_alone() -> Iterator[None]:
+    """Keep Python from collecting garbage in the middle of a step, while all other ranks wait for this one.
+
+    What exists already is not looked at again; what steps leave behind is collected by `open_steps`, between two steps.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
 
 
 def free_memory() -> None:
@@ -68,7 +89,9 @@ def open_steps(job: Job, ranks: Ranks) -> Callable[[int, int], Generator[list[Mi
             world_size=ranks.world_size,
         )[first:]
         with closing(loader.batches(plan.reshape(-1, sizes.micro_batch_size), epoch)) as batches:
-            for _ in plan:
+            for number in range(first, first + len(plan)):
+                if number % STEPS_PER_COLLECTION == 0:
+                    gc.collect(1)
                 yield [augment(next(batches), epoch) for _ in range(sizes.gradient_accumulation_steps)]
 
     return steps
@@ -96,15 +119,16 @@ def _open_views(job: Job, ranks: Ranks) -> tuple[ViewLoader, Callable[[Batch, in
         augmentations.append(Augmentation(*settings).to(ranks.device))
         first_view += count
 
+    upload = Upload(ranks.device)
     # The layout of the input decides the layout of every activation; DeepSpeed wants plain parameters.
     layout = torch.channels_last if config.compute.channels_last else torch.contiguous_format
 
     def augment(batch: Batch, epoch: int) -> MicroBatch:
         views = (
-            augmentation(to_device(images, ranks.device), batch.indices, epoch)
+            augmentation(upload(images), batch.indices, epoch)
             for augmentation, images in zip(augmentations, batch.images, strict=True)
         )
-        labels, indices = (to_device(tensor, ranks.device) for tensor in (batch.labels, batch.indices))
+        labels, indices = (upload(tensor) for tensor in (batch.labels, batch.indices))
         return MicroBatch(
             tuple(part.contiguous(memory_format=layout) for part in views), labels, indices, batch.skipped
         )

@@ -2,21 +2,22 @@
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Self
 
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
-from torch import Tensor
 from tqdm import tqdm
 
 from varscale.config import Config
 from varscale.engine.distributed import Ranks
-from varscale.engine.learners import Learner, Shown
+from varscale.engine.learners import Learner, Shown, Terms
 from varscale.engine.manifest import write_manifest
 from varscale.engine.meter import Meter
 from varscale.engine.metrics import MetricsFile
 from varscale.engine.state import TrainState
+from varscale.engine.taken import TakenStep
 
 SHOWN = ("loss", "kl", "nll", "cosine", "top1", "lr", "images_per_second")  # on the progress bar
 
@@ -43,6 +44,7 @@ class Telemetry:
         self.window = (time.perf_counter(), state.samples_seen)
         self.trackers: list[GeneralTracker] = []
         self.warned = -1  # the last epoch in which a warning was given
+        self.coming: Callable[[], None] | None = None
         if not self.first:
             return
         run = config.output_dir
@@ -59,38 +61,52 @@ class Telemetry:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.catch_up()
         if self.first:
             self.bar.close()
             self.metrics.close()
             for tracker in self.trackers:
                 tracker.finish()
 
-    def step(self, learner: Learner, terms: Sequence[dict[str, Tensor]], *, lr: float, gradient_norm: float) -> None:
+    def step(self, learner: Learner, step: TakenStep) -> None:
         """Show that a step was taken; every so many, record what they came to over micro-batches, steps and ranks.
 
-        terms: of each micro-batch; of a bad step, which was skipped, none.
+        That is on its way from the device then, and recorded when the next step is shown, or by `catch_up`.
         """
-        state = self.state
-        if terms:
-            self.meter.add(terms)
+        self.catch_up()
+        if not step.is_bad:
+            self.meter.add(step.terms)
         if self.first:
-            epoch = (state.step - 1) // self.steps_per_epoch + 1
+            epoch = (step.number - 1) // self.steps_per_epoch + 1
             self.bar.set_description(f"epoch {epoch}/{self.config.schedule.epochs}", refresh=False)
             self.bar.update()
-        is_due = state.step % self.config.logging.every_steps == 0 or state.step == self.total_steps
+        is_due = step.number % self.config.logging.every_steps == 0 or step.number == self.total_steps
         if is_due and self.meter.steps:
-            values = learner.derive(self.meter.read())
-            values |= {"epoch": state.step / self.steps_per_epoch, "lr": lr, "gradient_norm": gradient_norm}
-            values["images_per_second"] = self._rate()
-            self.record("train", values)
-            self._warn_once_an_epoch(learner.warning(values), state.step)
+            others = {"epoch": step.number / self.steps_per_epoch, "lr": step.lr, "gradient_norm": step.gradient_norm}
+            others["images_per_second"] = self._rate(step.samples_seen)
+            self.coming = partial(self._show, learner, step.number, self.meter.begin_reading(), others)
 
-    def record(self, kind: str, values: Shown) -> None:
-        """Write one line of metrics.jsonl, show it and pass it to the trackers, those values that are numbers."""
+    def catch_up(self) -> None:
+        """Record what was on its way from the device."""
+        if self.coming is not None:
+            show, self.coming = self.coming, None
+            show()
+
+    def _show(self, learner: Learner, step: int, means: Callable[[], Terms], others: Shown) -> None:
+        values = learner.derive(means()) | others
+        self.record("train", values, step)
+        self._warn_once_an_epoch(learner.warning(values), step)
+
+    def record(self, kind: str, values: Shown, step: int | None = None) -> None:
+        """Write one line of metrics.jsonl, show it and pass it to the trackers, those values that are numbers.
+
+        step: the one that it belongs to, if it is not the last.
+        """
         if not self.first:
             return
-        step = self.state.step
+        step = self.state.step if step is None else step
         self.metrics.write({"kind": kind, "step": step, "time": round(time.time(), 3), **values})
         self.state.metrics_bytes = self.metrics.position
         if kind == "train":
@@ -107,7 +123,8 @@ class Telemetry:
                 self.warn(f"{tracker.name} cannot be written ({error}) and is left out from now on")
 
     def sync(self) -> None:
-        """Wait until the metrics are on the disk: a checkpoint refers to their length."""
+        """Wait until the metrics of all steps shown are on the disk: a checkpoint refers to their length."""
+        self.catch_up()
         if self.first:
             self.metrics.sync()
 
@@ -126,9 +143,9 @@ class Telemetry:
             self.warned = epoch
             self.warn(f"step {step}: {warning}")
 
-    def _rate(self) -> float:
-        """Images per second since the last call, over all ranks."""
-        (then, before), now, seen = self.window, time.perf_counter(), self.state.samples_seen
+    def _rate(self, seen: int) -> float:
+        """Images per second since the last call, over all ranks; `seen` of the run so far."""
+        (then, before), now = self.window, time.perf_counter()
         self.window = (now, seen)
         return (seen - before) / (now - then)
 

@@ -37,7 +37,7 @@ class Watchdog:
         self.ended.set()
 
     def beat(self, step: int | None = None) -> None:
-        """Tell that all is well, and which optimizer step was taken last."""
+        """Tell that all is well, and which optimizer step was done last."""
         self.step = self.step if step is None else step
         self.beaten_at = time.monotonic()
 
@@ -55,7 +55,7 @@ class Watchdog:
         rank, world_size = self.ranks.rank, self.ranks.world_size
         print(
             f"\nwatchdog: rank {rank} of {world_size} on {os.uname().nodename} has done nothing for {self.seconds:g} s "
-            f"(safety.watchdog_seconds); its last step was {self.step}. Where it stands:",
+            f"(safety.watchdog_seconds); the last step it saw done was {self.step}. Where it stands:",
             file=sys.stderr,
         )
         faulthandler.dump_traceback(all_threads=True)

@@ -57,18 +57,18 @@ def set_learning_rate(engine: deepspeed.DeepSpeedEngine, lr: float) -> None:
         group["lr"] = lr
 
 
-def step_with_gradient_norm(engine: deepspeed.DeepSpeedEngine) -> float:
-    """Take the step that ends an accumulation and return the global gradient norm before clipping.
+def step_with_gradient_norm(engine: deepspeed.DeepSpeedEngine, *, refuse_bad: bool = False) -> Tensor:
+    """Take the step that ends an accumulation and return the global gradient norm before clipping, on the device.
 
-    A norm that is not finite means that no parameter was changed: ZeRO's optimizers then refuse the step by themselves,
-    and under stage 0 it is not taken here. The caller must see to it, for DeepSpeed goes on silently.
+    Where gradients are not finite it is no number from 0 to infinity. ZeRO's optimizers then leave the parameters alone
+    by themselves; under stage 0 they are spoilt, unless `refuse_bad`, which waits for the device to see whether they
+    are. The caller must look at the norm, for DeepSpeed goes on silently.
     """
     if engine.zero_optimization():
         engine.step()
-        return float(engine.get_global_grad_norm())
-    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-    norm = float(nn.utils.get_total_norm(gradients))
-    if not norm < float("inf"):
+        return torch.as_tensor(engine.get_global_grad_norm())
+    norm = nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+    if refuse_bad and not norm < float("inf"):
         engine.optimizer.zero_grad(set_to_none=True)  # without gradients nothing is changed, only counted
     engine.step()
     return norm

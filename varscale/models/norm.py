@@ -79,6 +79,12 @@ def _union_statistics(inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return mean.to(wide), var.to(wide), count
 
 
+@torch.compiler.disable
+def _normalise(inputs: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, ...]:
+    """Outside of compiled graphs: collectives in both directions."""
+    return _UnionBatchNorm.apply(inputs, weight, bias, eps)
+
+
 class SyncBatchNorm(_BatchNorm):
     """`nn.BatchNorm1d` / `nn.BatchNorm2d` whose training-mode statistics are those of the union of all ranks' batches.
 
@@ -100,7 +106,7 @@ class SyncBatchNorm(_BatchNorm):
         if alone or uses_running_statistics:
             return super().forward(input)
         self._check_input_dim(input)
-        output, mean, var, count = _UnionBatchNorm.apply(input, self.weight, self.bias, self.eps)
+        output, mean, var, count = _normalise(input, self.weight, self.bias, self.eps)
         if self.training and self.track_running_stats:
             self._update_running_statistics(mean, var, count)
         return output

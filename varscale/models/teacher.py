@@ -32,6 +32,10 @@ class MomentumTeacher(nn.Module):
         with frozen_running_statistics(self.network):
             return self.network(images)
 
+    def compile(self, **options: object) -> None:
+        """torch.compile what runs forward; the switch around it is not worth a graph."""
+        self.network.compile(**options)
+
     def update(
         self, student: StudentNetwork, momentum: float, *, part: Callable[[nn.Parameter], Tensor] = lambda p: p
     ) -> None:

@@ -1,0 +1,66 @@
+"""What became of the steps: read while the device takes the next one, so that it never waits for the host."""
+
+from collections import deque
+
+from varscale.engine.bad_steps import BadSteps
+from varscale.engine.distributed import Ranks, greatest
+from varscale.engine.learners import Learner
+from varscale.engine.saving import CheckpointWriter
+from varscale.engine.state import TrainState
+from varscale.engine.stopping import StopRequest
+from varscale.engine.taken import TakenStep
+from varscale.engine.telemetry import Telemetry
+from varscale.engine.watchdog import Watchdog
+
+
+class Outcomes:
+    """Settles steps in their order: whether one was bad, what it showed, and what the ranks want next.
+
+    One step may be open while the device takes it; none where bad steps are skipped, for then the next one must not
+    begin before it is known. Whoever saves, measures or ends calls `settle` first.
+
+    reason: why all ranks shall stop, 0 if there is no reason. retry_is_due: a checkpoint shall be tried again.
+    """
+
+    def __init__(
+        self,
+        state: TrainState,
+        learner: Learner,
+        bad_steps: BadSteps,
+        telemetry: Telemetry,
+        stop: StopRequest,
+        writer: CheckpointWriter,
+        watchdog: Watchdog,
+        ranks: Ranks,
+    ) -> None:
+        self.state, self.learner, self.ranks = state, learner, ranks
+        self.bad_steps, self.telemetry = bad_steps, telemetry
+        self.stop, self.writer, self.watchdog = stop, writer, watchdog
+        self.open: deque[TakenStep] = deque()
+        self.reason, self.retry_is_due = 0, False
+
+    def follow(self, step: TakenStep) -> None:
+        """Take in a step; it is settled at once where that must be known. Raises as `settle` does."""
+        self.open.append(step)
+        if self.bad_steps.must_be_known_at_once:
+            self.settle()
+
+    def settle(self, *, leave_open: int = 0) -> None:
+        """Settle all steps but the last `leave_open`; waits for the device where it is not done. A collective.
+
+        Raises BadStepError or Rewind where one went wrong and is not skipped.
+        """
+        self.retry_is_due = False
+        while len(self.open) > leave_open:
+            self._settle(self.open.popleft())
+
+    def _settle(self, step: TakenStep) -> None:
+        mine = step.looks_bad, self.stop.reason, self.writer.retry_is_due
+        is_bad, reason, retry = greatest(mine, self.ranks)
+        step.is_bad, self.retry_is_due = bool(is_bad), bool(retry)
+        self.reason = self.reason or int(reason)
+        if step.is_bad:
+            self.telemetry.catch_up()
+            self.bad_steps.handle(self.state, step)
+        self.telemetry.step(self.learner, step)
+        self.watchdog.beat(step.number)

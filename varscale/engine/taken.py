@@ -1,0 +1,44 @@
+"""A step that the device was given, and what the host can know of it once it is done."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from varscale.data.transfer import HostCopy
+from varscale.engine.learners import MicroBatch, Terms
+from varscale.engine.state import TrainState
+
+
+class TakenStep:
+    """An optimizer step, from the moment it was handed to the device.
+
+    state: where the run stands behind it. terms, micro_batches: one of each for every micro-batch.
+    gradient_norm: (), on the device.
+    """
+
+    def __init__(
+        self,
+        state: TrainState,
+        *,
+        lr: float,
+        terms: Sequence[Terms],
+        micro_batches: Sequence[MicroBatch],
+        gradient_norm: Tensor,
+    ) -> None:
+        self.number, self.samples_seen, self.lr = state.step, state.samples_seen, lr
+        self.terms, self.micro_batches = terms, micro_batches
+        self.is_bad: bool | None = None  # None until the ranks have agreed
+        finite = torch.stack([part["loss"].detach() for part in terms]).isfinite().all()
+        self._health = HostCopy(torch.stack([gradient_norm.to(finite.device).double(), finite.double()]))
+
+    @property
+    def gradient_norm(self) -> float:
+        """Before clipping. Waits until the step is done."""
+        return self._health.read()[0].item()
+
+    @property
+    def looks_bad(self) -> bool:
+        """Whether this rank saw it go wrong: a marked loss, or a gradient that overflowed by itself. Waits likewise."""
+        norm, finite = self._health.read().tolist()
+        return not (finite and 0 <= norm < float("inf"))  # DeepSpeed says -1 where a norm is none
