@@ -56,17 +56,27 @@ class LARS(torch.optim.Optimizer):
         entries = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
         adapted = [(p, group) for p, group in entries if group["adapt"]]
         ratios = dict(zip((p for p, _ in adapted), self._trust_ratios(adapted), strict=True))
+        alike: dict[tuple[float, float, float], list[nn.Parameter]] = {}
         for parameter, group in entries:
-            update = parameter.grad.add(parameter, alpha=group["weight_decay"])
-            if parameter in ratios:
-                update.mul_(ratios[parameter])
-            if group["momentum"]:
-                state = self.state[parameter]
-                if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(parameter)
-                update = state["momentum_buffer"].mul_(group["momentum"]).add_(update)
-            parameter.add_(update, alpha=-group["lr"])
+            alike.setdefault((group["lr"], group["momentum"], group["weight_decay"]), []).append(parameter)
+        for (lr, momentum, weight_decay), parameters in alike.items():
+            updates = torch._foreach_add([p.grad for p in parameters], parameters, alpha=weight_decay)
+            for parameter, update in zip(parameters, updates, strict=True):
+                if parameter in ratios:
+                    update.mul_(ratios[parameter])
+            if momentum:
+                velocities = [self._velocity(parameter) for parameter in parameters]
+                torch._foreach_mul_(velocities, momentum)
+                torch._foreach_add_(velocities, updates)
+                updates = velocities
+            torch._foreach_add_(parameters, updates, alpha=-lr)
         return loss
+
+    def _velocity(self, parameter: nn.Parameter) -> Tensor:
+        state = self.state[parameter]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        return state["momentum_buffer"]
 
     def _trust_ratios(self, adapted: list[tuple[Tensor, dict]]) -> list[Tensor]:
         if not adapted:
