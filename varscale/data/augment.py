@@ -145,6 +145,10 @@ class Augmentation(nn.Module):
         if self.blurs:
             self.register_buffer("bands", blur_bands(image_size, blur_kernel_size(image_size)), persistent=False)
 
+    def compile(self, **options: object) -> None:
+        """torch.compile what a device does: its operations then read and write each pixel once."""
+        self._augment = torch.compile(self._augment, **options)
+
     def forward(self, images: torch.Tensor, indices: torch.Tensor, epoch: int) -> torch.Tensor:
         """Augments and normalises.
 

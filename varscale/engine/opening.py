@@ -116,7 +116,10 @@ def _open_views(job: Job, ranks: Ranks) -> tuple[ViewLoader, Callable[[Batch, in
     augmentations, first_view = [], 0
     for size, count in d.views_by_size.items():
         settings = (d.augmentation, count, size, info.mean, info.std, config.seed, first_view, dtype)
-        augmentations.append(Augmentation(*settings).to(ranks.device))
+        augmentation = Augmentation(*settings).to(ranks.device)
+        if config.compute.compile and ranks.device.type == "cuda":  # on a CPU it is compiled code anyway
+            augmentation.compile(dynamic=False)
+        augmentations.append(augmentation)
         first_view += count
 
     upload = Upload(ranks.device)
