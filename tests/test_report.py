@@ -124,6 +124,7 @@ def test_the_page_has_every_part(made):
         "t-SNE, epoch 2, step 8", "t-SNE, epoch 3, step 12", "clustering",
         "one of tomorrow", "knn, untrained", "reliability of p(r|z)",
         "by severity of corruption", "few-shot top-1", "images per second", "images/s, median",
+        "step, 90th percentile (ms)",
         "a note of the evaluator", "optimizer.weight_decay", "python -m varscale.evaluate --checkpoint",
         "python -m varscale.report",
     ):  # fmt: skip
@@ -145,6 +146,24 @@ def test_the_text_says_what_the_files_of_results_say(made):
                 interval = f" ± {values[f'{name}_ci95']}" if f"{name}_ci95" in values else ""
                 assert found[f"{one['evaluator']} {name}{unit}"][column] == value + interval
     assert found["knn top1_k20 (%)"][2] == "43.21"
+
+
+def test_the_table_of_throughput_tells_what_the_lines_say(made):
+    """Of the lines of `made_runs`, numbered from 1 to 12."""
+    found = table((made / "report" / "report.md").read_text().partition("## Throughput")[2], "")
+    expected = {
+        "images/s, median": "106.5",
+        "images/s, greatest": "112.0",
+        "views/s, median": "213.0",
+        "step, median (ms)": "10.0",
+        "step, 90th percentile (ms)": "16.5",
+        "step, longest (ms)": "42.0",
+        "waiting for data": "3.1%",
+        "TFLOP/s of a rank": "0.5",
+        "process memory, peak (GiB)": "1.50",
+    }
+    assert {name: found[name] for name in expected} == {name: [value] * 2 for name, value in expected.items()}
+    assert "MFU" not in found, "nothing is known of the device's peak"
 
 
 def test_the_pictures_of_the_text_are_there_and_no_others(made):

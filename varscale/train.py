@@ -172,15 +172,15 @@ def run(job: Job, checkpoint: Path | None, position: TrainState | None, ranks: "
     state = resume.restore_progress(checkpoint, engine, meter, ranks) if checkpoint else TrainState()
     if position:  # what the checkpoint's meter holds stands in the metrics already, or belongs to steps undone
         state, meter = position, Meter()
-    steps_from = open_steps(job, ranks)
-    telemetry = Telemetry(config, job.deepspeed, data.info.digest, total_steps, state, meter, ranks)
+    telemetry = Telemetry(job, total_steps, state, meter, ranks)
+    steps_from = open_steps(job, ranks, telemetry.throughput)
     bad_steps = BadSteps(config.safety, config.output_dir, learner.network, telemetry.warn)
     writer = CheckpointWriter(config.output_dir, config.checkpoint.keep, ranks, telemetry.warn)
     place = Place(ranks.device, ranks.rank, ranks.world_size)
     knn = OnlineKNN(config, data.info, learner.network, place, ranks.cores, data.labelled, watchdog.beat)
-    pulse = Pulse(knn, steps)
-    reason = 0
+    pulse, reason = Pulse(knn, steps), 0
 
+    @telemetry.aside("checkpoint")
     def save() -> None:
         telemetry.sync()
         writer.write(state.step, resume.collect(engine, learner, meter), state.to_dict())

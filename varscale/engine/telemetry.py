@@ -2,7 +2,8 @@
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
 
@@ -12,13 +13,18 @@ from tqdm import tqdm
 
 from varscale.config import Config
 from varscale.engine.distributed import Ranks
+from varscale.engine.launch import Job
 from varscale.engine.learners import Learner, Shown
 from varscale.engine.manifest import write_manifest
 from varscale.engine.meter import Meter
 from varscale.engine.metrics import MetricsFile
+from varscale.engine.phases import in_phase, phase
 from varscale.engine.state import TrainState
+from varscale.engine.throughput import Throughput
 
-SHOWN = ("loss", "kl", "nll", "cosine", "top1", "lr", "images_per_second")  # on the progress bar
+# On the progress bar, and what for.
+SHOWN = {name: name for name in ("loss", "kl", "nll", "cosine", "top1", "lr")}
+SHOWN |= {"images_per_second": "images/s", "data_wait_share": "data wait", "mfu": "MFU"}
 
 
 class Telemetry:
@@ -28,25 +34,24 @@ class Telemetry:
     `every_steps` (logging) is also how often values are read from the device.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        deepspeed: dict,
-        data_digest: str,
-        total_steps: int,
-        state: TrainState,
-        meter: Meter,
-        ranks: Ranks,
-    ) -> None:
-        self.config, self.first, self.state, self.meter = config, ranks.is_first, state, meter
+    def __init__(self, job: Job, total_steps: int, state: TrainState, meter: Meter, ranks: Ranks) -> None:
+        self.config = config = job.config
+        self.first, self.state, self.meter = ranks.is_first, state, meter
         self.total_steps, self.steps_per_epoch = total_steps, total_steps // config.schedule.epochs
-        self.window = (time.perf_counter(), state.samples_seen)
+        self.throughput = Throughput.of(job, ranks)
         self.trackers: list[GeneralTracker] = []
         self.warned = -1  # the last epoch in which a warning was given
         if not self.first:
             return
         run = config.output_dir
-        write_manifest(config, deepspeed, data_digest, world_size=ranks.world_size, device=ranks.device_name)
+        write_manifest(
+            config,
+            job.deepspeed,
+            job.data.info.digest,
+            world_size=ranks.world_size,
+            device=ranks.device_name,
+            peak=self.throughput.peak,
+        )
         self.metrics = MetricsFile(run / "metrics.jsonl", state.metrics_bytes, self.warn)
         state.metrics_bytes = self.metrics.position  # less where the checkpoint is of another run
         self.trackers = [_start_tracker(name, run, config, state.step) for name in config.logging.trackers]
@@ -57,6 +62,7 @@ class Telemetry:
         )
 
     def __enter__(self) -> Self:
+        self.throughput.begin()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -66,12 +72,14 @@ class Telemetry:
             for tracker in self.trackers:
                 tracker.finish()
 
+    @in_phase("logging")
     def step(self, learner: Learner, terms: Sequence[dict[str, Tensor]], *, lr: float, gradient_norm: float) -> None:
         """Show that a step was taken; every so many, record what they came to over micro-batches, steps and ranks.
 
         terms: of each micro-batch; of a bad step, which was skipped, none.
         """
         state = self.state
+        self.throughput.end()
         if terms:
             self.meter.add(terms)
         if self.first:
@@ -82,7 +90,7 @@ class Telemetry:
         if is_due and self.meter.steps:
             values = learner.derive(self.meter.read())
             values |= {"epoch": state.step / self.steps_per_epoch, "lr": lr, "gradient_norm": gradient_norm}
-            values["images_per_second"] = self._rate()
+            values |= self.throughput.read()
             self.record("train", values)
             self._warn_once_an_epoch(learner.warning(values), state.step)
 
@@ -94,7 +102,7 @@ class Telemetry:
         self.metrics.write({"kind": kind, "step": step, "time": round(time.time(), 3), **values})
         self.state.metrics_bytes = self.metrics.position
         if kind == "train":
-            shown = {key: f"{values[key]:.4g}" for key in SHOWN if key in values}
+            shown = {name: f"{values[key]:.4g}" for key, name in SHOWN.items() if key in values}
             self.bar.set_postfix(shown, refresh=False)
         else:
             self.say("  ".join([kind, f"step {step}", *(f"{name} {value:g}" for name, value in values.items())]))
@@ -105,6 +113,13 @@ class Telemetry:
             except OSError as error:  # the disk is full
                 self.trackers.remove(tracker)
                 self.warn(f"{tracker.name} cannot be written ({error}) and is left out from now on")
+
+    @contextmanager
+    def aside(self, name: str) -> Iterator[None]:
+        """What is done inside stands in the phase `name` of a profile, and counts for no step's time."""
+        with phase(name):
+            yield
+        self.throughput.begin()
 
     def sync(self) -> None:
         """Wait until the metrics are on the disk: a checkpoint refers to their length."""
@@ -125,12 +140,6 @@ class Telemetry:
         if warning and epoch != self.warned:
             self.warned = epoch
             self.warn(f"step {step}: {warning}")
-
-    def _rate(self) -> float:
-        """Images per second since the last call, over all ranks."""
-        (then, before), now, seen = self.window, time.perf_counter(), self.state.samples_seen
-        self.window = (now, seen)
-        return (seen - before) / (now - then)
 
 
 def _start_tracker(name: str, run: Path, config: Config, step: int) -> GeneralTracker:

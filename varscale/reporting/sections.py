@@ -27,7 +27,7 @@ def build_report(runs: Sequence[Run], command: str) -> Report:
         _training(runs),
         _embeddings(runs),
         _pictures(runs),
-        Section("Throughput", [Gallery(measured.throughput(runs)), tables.speed(runs)]),
+        _throughput(runs),
         _configuration(runs),
         _notes(runs),
         _reproduction(runs, command),
@@ -95,6 +95,14 @@ def _pictures(runs: Sequence[Run]) -> Section:
         blocks += [Fold("Of the baselines", [Gallery(baselines, "wide")])] if baselines else []
         blocks += [Items(missing)] if missing else []
     return Section("Evaluators' pictures", blocks)
+
+
+def _throughput(runs: Sequence[Run]) -> Section:
+    told = (
+        "Of training itself: checkpoints and evaluation are not in it. Images, views: of all ranks. Times, waits, "
+        "operations, memory: of rank 0. Medians are those of the lines of metrics.jsonl."
+    )
+    return Section("Throughput", [Paragraph(told), Gallery(measured.throughput(runs)), tables.speed(runs)])
 
 
 def _configuration(runs: Sequence[Run]) -> Section:
