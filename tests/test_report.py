@@ -11,6 +11,14 @@ from made_runs import everything, make_run, measure, record
 
 from varscale.report import main
 
+PROFILE = {
+    "steps": 6,
+    "step_ms": 30.0,
+    "host": {"forward": 10.0, "backward": 17.5, "other": 2.5},
+    "device_step_ms": 29.0,
+    "device": {"forward": 12.0, "backward": 15.0, "idle": 2.0},
+    "operators": [{"name": "aten::one_of_six", "calls": 6.0, "ms": 7.25}],
+}
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 
 
@@ -66,6 +74,8 @@ def made(tmp_path_factory):
     measure(first, 8, *everything(8, shift=-10.0))
     measure(first, 12, *everything(12), baseline)
     measure(second, 12, *everything(12, shift=2.0))
+    (first / "profile").mkdir()
+    (first / "profile" / "profile.json").write_text(json.dumps(PROFILE))
     assert main([str(first), str(second), "--out", str(folder / "report")]) == 0
     return folder
 
@@ -124,7 +134,8 @@ def test_the_page_has_every_part(made):
         "t-SNE, epoch 2, step 8", "t-SNE, epoch 3, step 12", "clustering",
         "one of tomorrow", "knn, untrained", "reliability of p(r|z)",
         "by severity of corruption", "few-shot top-1", "images per second", "images/s, median",
-        "step, 90th percentile (ms)",
+        "step, 90th percentile (ms)", "varcon: where the time of a step goes, mean of 6 profiled steps",
+        "aten::one_of_six",
         "a note of the evaluator", "optimizer.weight_decay", "python -m varscale.evaluate --checkpoint",
         "python -m varscale.report",
     ):  # fmt: skip
@@ -202,6 +213,8 @@ def test_what_a_run_lacks_is_said(tmp_path, capsys):
     for line in old:
         line.pop("tau2_histogram", None)
     (behind / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in old))
+    (behind / "profile").mkdir()
+    (behind / "profile" / "profile.json").write_text("{")
     assert main([*map(str, (bare, damaged, behind)), "--out", str(tmp_path / "report")]) == 0
     words, printed = Page((tmp_path / "report" / "index.html").read_text()).words, capsys.readouterr().out
     for said in (
@@ -210,6 +223,7 @@ def test_what_a_run_lacks_is_said(tmp_path, capsys):
         "damaged: metrics.jsonl: 1 damaged line(s) were left out (number 2)",
         f"damaged: {damaged / 'evaluation' / 'step-00000012.json'}: not a file of results",
         "behind: the distribution of tau2 was not recorded",
+        f"behind: {behind / 'profile' / 'profile.json'}: is damaged; a start with --profile writes it again",
         "behind: measured at step 8, not yet at its newest checkpoint, step-00000012",
     ):
         assert said in words, said

@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(describe(config, sizes, deepspeed))
             return 0
         with StopRequest(config.safety.time_limit_minutes) as stop:
-            return train(config, sizes, deepspeed, options.resume, stop)
+            return train(config, sizes, deepspeed, options, stop)
     except UserError as error:
         return report_user_error(error)
 
@@ -72,6 +72,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--config", required=True, metavar="RECIPE", help="a recipe's name, or the path of a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as optimizer.lr=0.1 output_dir=runs/x")
     parser.add_argument("--resume", metavar="auto|PATH", help="go on from output_dir's newest checkpoint, or from PATH")
+    parser.add_argument("--profile", action="store_true", help="record where the time of some steps goes, then go on")
     parser.add_argument("--dry-run", action="store_true", help="print what would be run, and train nothing")
     parser.add_argument("--world-size", type=int, help="with --dry-run: the number of ranks to plan for")
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
@@ -81,10 +82,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def train(config: Config, sizes: BatchSizes, deepspeed: dict, resume: str | None, stop: StopRequest) -> int:
+def train(config: Config, sizes: BatchSizes, deepspeed: dict, options: argparse.Namespace, stop: StopRequest) -> int:
     """Check data and output directory, join the other ranks and run; returns the exit code."""
     data = check_training_data(config, sizes)
-    origin = check_run_directory(config, data.info.digest, resume)
+    origin = check_run_directory(config, data.info.digest, options.resume)
 
     from varscale.data.loader import LoaderError
     from varscale.engine import distributed
@@ -92,7 +93,7 @@ def train(config: Config, sizes: BatchSizes, deepspeed: dict, resume: str | None
 
     ranks = distributed.join(config.safety.watchdog_seconds)
     try:
-        reason = run_through(Job(config, sizes, deepspeed, data), origin, ranks, stop)
+        reason = run_through(Job(config, sizes, deepspeed, data, options.profile), origin, ranks, stop)
         distributed.meet(ranks)
     except UserError as error:  # on all ranks, or what this node alone lacks
         distributed.announce_failure(ranks, str(error))
@@ -150,6 +151,7 @@ def run(job: Job, checkpoint: Path | None, position: TrainState | None, ranks: "
     from varscale.engine.learners import build_learner
     from varscale.engine.meter import Meter
     from varscale.engine.opening import dismantled_by_rewind, open_engine, open_steps
+    from varscale.engine.profiling import Profile
     from varscale.engine.pulse import Pulse
     from varscale.engine.saving import CheckpointWriter
     from varscale.engine.schedules import LearningRate
@@ -158,6 +160,7 @@ def run(job: Job, checkpoint: Path | None, position: TrainState | None, ranks: "
     from varscale.engine.zero import set_learning_rate
     from varscale.evaluation.context import Place
     from varscale.evaluation.online import OnlineKNN
+    from varscale.reporting.step_profile import write_step_profile
 
     config, sizes, data = job.config, job.sizes, job.data
     use_deterministic_kernels(config.compute.deterministic)
@@ -185,7 +188,8 @@ def run(job: Job, checkpoint: Path | None, position: TrainState | None, ranks: "
         telemetry.sync()
         writer.write(state.step, resume.collect(engine, learner, meter), state.to_dict())
 
-    with dismantled_by_rewind(engine), watchdog, telemetry, writer:
+    profile = Profile(job, ranks, telemetry, write_step_profile)
+    with dismantled_by_rewind(engine), watchdog, telemetry, writer, profile:
         stop.defer_interrupts()
         if position:
             save()  # what is measured below is to have its checkpoint, and the next rewind ends here
@@ -211,6 +215,7 @@ def run(job: Job, checkpoint: Path | None, position: TrainState | None, ranks: "
                     is_due = state.step % (config.checkpoint.every_steps or steps) == 0
                     if is_due or reason or retry or state.step == total_steps or pulse.is_due(state):
                         save()
+                    profile.step()
                     if reason:
                         break
             if not reason:
