@@ -123,6 +123,9 @@ def test_the_page_adapts_to_narrow_and_dark_screens(made):
     assert "prefers-color-scheme: dark" in text
     assert not re.search(r"<svg[^>]* width=", text), "a picture is as wide as its place"
     assert text.count("<table>") == text.count('<div class="scroll" tabindex="0"><table>')
+    assert text.count('<div class="scroll" tabindex="0"><div class="panorama"><svg') == 1, (
+        "a step is drawn as a long bar"
+    )
     assert "currentColor" in text
     assert "#010203" not in text
 

@@ -108,7 +108,11 @@ def _draw(axis: "Axes", bars: dict[str, dict[str, float]]) -> None:
     for row, bar in bars.items():
         left = 0.0
         for phase, width in bar.items():
-            hatch = {"fill": False, "hatch": "////", "edgecolor": RED} if phase == IDLE else {"color": COLOUR_OF[phase]}
+            hatch = (
+                {"fill": False, "hatch": "////", "edgecolor": RED, "alpha": 0.5}
+                if phase == IDLE
+                else {"color": COLOUR_OF[phase]}
+            )
             handles[phase] = axis.barh(row, width, left=left, height=0.7, linewidth=0, **hatch)
             words = [*phase.split(), _milliseconds(width, longest)]
             if width > LETTER * longest * max(map(len, words)):
