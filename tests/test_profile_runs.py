@@ -4,6 +4,7 @@ import gzip
 import json
 
 import pytest
+import torch
 
 STEPS = 10  # 2 epochs of 5, with a checkpoint after each
 ALWAYS = {"data wait", "copy", "augment", "forward", "loss", "backward", "optimizer", "logging", "checkpoint", "other"}
@@ -87,6 +88,16 @@ def test_phases_of_varcon_add_up_to_the_step(varcon):
     assert found["step_ms"] == pytest.approx(step_milliseconds(varcon[0]), rel=0.02)
     assert found["host"]["other"] < 0.2 * found["step_ms"], "what has no name should be little"
     assert len(found["operators"]) == 10
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_kernels_and_idle_time_of_a_gpu_add_up(varcon):
+    found = json.loads((varcon[0] / "profile" / "profile.json").read_text())
+    assert {"augment", "forward", "loss", "backward", "optimizer", "idle"} <= found["device"].keys()
+    assert sum(found["device"].values()) == pytest.approx(found["device_step_ms"])
+    assert found["device_step_ms"] == pytest.approx(found["step_ms"], rel=0.3), "the device keeps up with the host"
+    assert all(line["device_memory_peak_gib"] > 0 for line in train_lines(varcon[0]))
 
 
 def test_two_ranks_with_a_teacher(vssl_pair):

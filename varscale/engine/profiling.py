@@ -19,10 +19,9 @@ UNSEEN, ACTIVE = 2, 6  # steps: to warm up, the last of them with the profiler s
 class Profile:
     """Records some of the first steps of a start; does nothing where it is not wanted.
 
-    A context manager; a run that ends early leaves what was recorded until then.
+    A context manager; a run that ends early leaves what was recorded until then. Traces of earlier starts are replaced.
 
-    Traces that are there already are replaced. finish: makes of rank 0's trace what people read, and returns what
-        they are told.
+    finish: makes of rank 0's trace what people read, and returns what they are told.
     """
 
     def __init__(self, job: Job, ranks: Ranks, telemetry: Telemetry, finish: Callable[[Path], str]) -> None:
