@@ -11,6 +11,14 @@ from made_runs import everything, make_run, measure, record
 
 from varscale.report import main
 
+PROFILE = {
+    "steps": 6,
+    "step_ms": 30.0,
+    "host": {"forward": 10.0, "backward": 17.5, "other": 2.5},
+    "device_step_ms": 29.0,
+    "device": {"forward": 12.0, "backward": 15.0, "idle": 2.0},
+    "operators": [{"name": "aten::one_of_six", "calls": 6.0, "ms": 7.25}],
+}
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 
 
@@ -66,6 +74,8 @@ def made(tmp_path_factory):
     measure(first, 8, *everything(8, shift=-10.0))
     measure(first, 12, *everything(12), baseline)
     measure(second, 12, *everything(12, shift=2.0))
+    (first / "profile").mkdir()
+    (first / "profile" / "profile.json").write_text(json.dumps(PROFILE))
     assert main([str(first), str(second), "--out", str(folder / "report")]) == 0
     return folder
 
@@ -113,6 +123,9 @@ def test_the_page_adapts_to_narrow_and_dark_screens(made):
     assert "prefers-color-scheme: dark" in text
     assert not re.search(r"<svg[^>]* width=", text), "a picture is as wide as its place"
     assert text.count("<table>") == text.count('<div class="scroll" tabindex="0"><table>')
+    assert text.count('<div class="scroll" tabindex="0"><div class="panorama"><svg') == 1, (
+        "a step is drawn as a long bar"
+    )
     assert "currentColor" in text
     assert "#010203" not in text
 
@@ -124,6 +137,8 @@ def test_the_page_has_every_part(made):
         "t-SNE, epoch 2, step 8", "t-SNE, epoch 3, step 12", "clustering",
         "one of tomorrow", "knn, untrained", "reliability of p(r|z)",
         "by severity of corruption", "few-shot top-1", "images per second", "images/s, median",
+        "step, 90th percentile (ms)", "varcon: where the time of a step goes, mean of 6 profiled steps",
+        "aten::one_of_six",
         "a note of the evaluator", "optimizer.weight_decay", "python -m varscale.evaluate --checkpoint",
         "python -m varscale.report",
     ):  # fmt: skip
@@ -145,6 +160,24 @@ def test_the_text_says_what_the_files_of_results_say(made):
                 interval = f" ± {values[f'{name}_ci95']}" if f"{name}_ci95" in values else ""
                 assert found[f"{one['evaluator']} {name}{unit}"][column] == value + interval
     assert found["knn top1_k20 (%)"][2] == "43.21"
+
+
+def test_the_table_of_throughput_tells_what_the_lines_say(made):
+    """Of the lines of `made_runs`, numbered from 1 to 12."""
+    found = table((made / "report" / "report.md").read_text().partition("## Throughput")[2], "")
+    expected = {
+        "images/s, median": "106.5",
+        "images/s, greatest": "112.0",
+        "views/s, median": "213.0",
+        "step, median (ms)": "10.0",
+        "step, 90th percentile (ms)": "16.5",
+        "step, longest (ms)": "42.0",
+        "waiting for data": "3.1%",
+        "TFLOP/s of a rank": "0.5",
+        "process memory, peak (GiB)": "1.50",
+    }
+    assert {name: found[name] for name in expected} == {name: [value] * 2 for name, value in expected.items()}
+    assert "MFU" not in found, "nothing is known of the device's peak"
 
 
 def test_the_pictures_of_the_text_are_there_and_no_others(made):
@@ -183,6 +216,8 @@ def test_what_a_run_lacks_is_said(tmp_path, capsys):
     for line in old:
         line.pop("tau2_histogram", None)
     (behind / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in old))
+    (behind / "profile").mkdir()
+    (behind / "profile" / "profile.json").write_text("{")
     assert main([*map(str, (bare, damaged, behind)), "--out", str(tmp_path / "report")]) == 0
     words, printed = Page((tmp_path / "report" / "index.html").read_text()).words, capsys.readouterr().out
     for said in (
@@ -191,6 +226,7 @@ def test_what_a_run_lacks_is_said(tmp_path, capsys):
         "damaged: metrics.jsonl: 1 damaged line(s) were left out (number 2)",
         f"damaged: {damaged / 'evaluation' / 'step-00000012.json'}: not a file of results",
         "behind: the distribution of tau2 was not recorded",
+        f"behind: {behind / 'profile' / 'profile.json'}: is damaged; a start with --profile writes it again",
         "behind: measured at step 8, not yet at its newest checkpoint, step-00000012",
     ):
         assert said in words, said

@@ -35,13 +35,14 @@ from varscale.data.conversion import convert
 from varscale.data.dataset import read_dataset_info
 from varscale.data.sources import open_source
 from varscale.engine.checkpoints import read_state
+from varscale.engine.metrics import MEASURED
 from varscale.engine.rundir import checkpoint_folder, latest_checkpoint, read_metrics
 from varscale.errors import UserError
 
 POLL = 0.005  # seconds
 PATIENCE = 600.0  # seconds without a step
 KINDS = STEPPING, STARTING, SAVING = "in a step", "while starting", "while saving"
-UNEQUAL = {"time", "images_per_second"}  # of metrics: they tell of the clock
+UNEQUAL = {"time", *MEASURED}  # of metrics
 SETTINGS = ("data.image_size=16", "data.workers=1", "logging.every_steps=1", "logging.trackers=[]")
 # Not every step is recorded, so that checkpoints find something in the meters.
 TORTURED = ("schedule.epochs=2", "schedule.warmup_epochs=1", "checkpoint.every_steps=3", "logging.every_steps=2")

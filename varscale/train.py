@@ -28,7 +28,7 @@ from varscale.engine.launch import (
 from varscale.engine.output import outlive_output
 from varscale.engine.rundir import find_checkpoints
 from varscale.engine.state import TrainState
-from varscale.engine.stopping import PEER_FAILED, UNSAVED, StopRequest, exit_code, reason_name
+from varscale.engine.stopping import PEER_FAILED, StopRequest, exit_code, reason_name
 from varscale.errors import UserError
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(describe(config, sizes, deepspeed))
             return 0
         with StopRequest(config.safety.time_limit_minutes) as stop:
-            return train(config, sizes, deepspeed, options.resume, stop)
+            return train(config, sizes, deepspeed, options, stop)
     except UserError as error:
         return report_user_error(error)
 
@@ -73,6 +73,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--config", required=True, metavar="RECIPE", help="a recipe's name, or the path of a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as optimizer.lr=0.1 output_dir=runs/x")
     parser.add_argument("--resume", metavar="auto|PATH", help="go on from output_dir's newest checkpoint, or from PATH")
+    parser.add_argument("--profile", action="store_true", help="record where the time of some steps goes, then go on")
     parser.add_argument("--dry-run", action="store_true", help="print what would be run, and train nothing")
     parser.add_argument("--world-size", type=int, help="with --dry-run: the number of ranks to plan for")
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
@@ -82,10 +83,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def train(config: Config, sizes: BatchSizes, deepspeed: dict, resume: str | None, stop: StopRequest) -> int:
+def train(config: Config, sizes: BatchSizes, deepspeed: dict, options: argparse.Namespace, stop: StopRequest) -> int:
     """Check data and output directory, join the other ranks and run; returns the exit code."""
     data = check_training_data(config, sizes)
-    origin = check_run_directory(config, data.info.digest, resume)
+    origin = check_run_directory(config, data.info.digest, options.resume)
 
     from varscale.data.loader import LoaderError
     from varscale.engine import distributed
@@ -93,7 +94,7 @@ def train(config: Config, sizes: BatchSizes, deepspeed: dict, resume: str | None
 
     ranks = distributed.join(config.safety.watchdog_seconds)
     try:
-        reason = run_through(Job(config, sizes, deepspeed, data), origin, ranks, stop)
+        reason = run_through(Job(config, sizes, deepspeed, data, options.profile), origin, ranks, stop)
         distributed.meet(ranks)
     except UserError as error:  # on all ranks, or what this node alone lacks
         distributed.announce_failure(ranks, str(error))
@@ -147,20 +148,20 @@ def run(job: Job, checkpoint: Path | None, position: TrainState | None, ranks: "
     from varscale.engine import resume
     from varscale.engine.bad_steps import BadSteps
     from varscale.engine.determinism import seed_step, use_deterministic_kernels
-    from varscale.engine.distributed import greatest
     from varscale.engine.learners import build_learner
     from varscale.engine.meter import Meter
     from varscale.engine.opening import dismantled_by_rewind, garbage_left_alone, open_engine, open_steps
     from varscale.engine.outcomes import Outcomes
+    from varscale.engine.profiling import Profile
     from varscale.engine.pulse import Pulse
     from varscale.engine.saving import CheckpointWriter
     from varscale.engine.schedules import LearningRate
-    from varscale.engine.taken import TakenStep
     from varscale.engine.telemetry import Telemetry
     from varscale.engine.watchdog import Watchdog
     from varscale.engine.zero import set_learning_rate
     from varscale.evaluation.context import Place
     from varscale.evaluation.online import OnlineKNN
+    from varscale.reporting.step_profile import write_step_profile
 
     config, sizes, data = job.config, job.sizes, job.data
     use_deterministic_kernels(config.compute.deterministic)
@@ -175,8 +176,8 @@ def run(job: Job, checkpoint: Path | None, position: TrainState | None, ranks: "
     state = resume.restore_progress(checkpoint, engine, meter, ranks) if checkpoint else TrainState()
     if position:  # what the checkpoint's meter holds stands in the metrics already, or belongs to steps undone
         state, meter = position, Meter()
-    steps_from = open_steps(job, ranks)
-    telemetry = Telemetry(config, job.deepspeed, data.info.digest, total_steps, state, meter, ranks)
+    telemetry = Telemetry(job, total_steps, state, meter, ranks)
+    steps_from = open_steps(job, ranks, telemetry.throughput)
     bad_steps = BadSteps(config.safety, config.output_dir, learner.network, telemetry.warn)
     writer = CheckpointWriter(config.output_dir, config.checkpoint.keep, ranks, telemetry.warn)
     place = Place(ranks.device, ranks.rank, ranks.world_size)
@@ -184,12 +185,14 @@ def run(job: Job, checkpoint: Path | None, position: TrainState | None, ranks: "
     pulse = Pulse(knn, steps)
     outcomes = Outcomes(state, learner, bad_steps, telemetry, stop, writer, watchdog, ranks)
 
+    @telemetry.aside("checkpoint")
     def save() -> None:
         outcomes.settle()
         telemetry.sync()
         writer.write(state.step, resume.collect(engine, learner, meter), state.to_dict())
 
-    with dismantled_by_rewind(engine), garbage_left_alone(), watchdog, telemetry, writer:
+    profile = Profile(job, ranks, telemetry, write_step_profile)
+    with dismantled_by_rewind(engine), garbage_left_alone(), watchdog, telemetry, writer, profile:
         stop.defer_interrupts()
         if position:
             save()  # what is measured below is to have its checkpoint, and the next rewind ends here
@@ -203,22 +206,21 @@ def run(job: Job, checkpoint: Path | None, position: TrainState | None, ranks: "
                     bad_steps.remember()
                     terms, norm = take_step(engine, learner, micro_batches, bad_steps)
                     state.advance(sizes.global_batch_size)
-                    step = TakenStep(state, lr=lr, terms=terms, micro_batches=micro_batches, gradient_norm=norm)
-                    outcomes.follow(step)
+                    step = outcomes.follow(terms, micro_batches, lr=lr, gradient_norm=norm)
                     if not step.is_bad:
                         learner.after_step(state.step)
                     outcomes.settle(leave_open=1)
                     is_due = state.step % (config.checkpoint.every_steps or steps) == 0 or state.step == total_steps
                     if is_due or pulse.is_due(state) or outcomes.reason or outcomes.retry_is_due:
                         save()
+                    profile.step()
                     if outcomes.reason:
                         break
             if not outcomes.reason:
                 pulse.measure(state, telemetry, writer)
         if pulse.has_measured and state.step == total_steps:
             save()  # once more: nothing is left to do
-        (unsaved,) = greatest((not writer.finish(),), ranks)
-    return outcomes.reason or (UNSAVED if unsaved else 0)
+        return outcomes.finish()
 
 
 def take_step(

@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file
 
 from varscale.engine.checkpoints import read_part, read_state, write_checkpoint
+from varscale.engine.metrics import MEASURED
 
 START, STEPS = 10, 20
 SLACK = 4
@@ -125,7 +126,7 @@ def metrics(run: Path) -> list[dict]:
 
 def first_values(lines: list[dict]) -> dict[str, float]:
     """The numbers in the first of some lines, the speed and time of day aside."""
-    left_out = ("kind", "time", "images_per_second", "tau2_histogram")
+    left_out = ("kind", "time", "tau2_histogram", *MEASURED)
     return {key: value for key, value in lines[0].items() if key not in left_out}
 
 

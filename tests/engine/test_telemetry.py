@@ -1,14 +1,16 @@
 """The meter averages over steps and ranks, metrics.jsonl stays readable, a collapse is said once an epoch."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from varscale.config import load_config
+from varscale.config import load_config, resolve_batch
 from varscale.engine.distributed import Ranks
+from varscale.engine.launch import Job
 from varscale.engine.learners import build_learner
 from varscale.engine.meter import Meter
 from varscale.engine.rundir import read_metrics
@@ -33,6 +35,11 @@ def vssl(tmp_path):
     return config, build_learner(config, num_classes=10, total_steps=6, device=torch.device("cpu"))
 
 
+def open_telemetry(config, state, *, rank=0):
+    data = SimpleNamespace(info=SimpleNamespace(digest="digest", num_classes=10))
+    return Telemetry(Job(config, resolve_batch(config.batch, 1), {}, data), 6, state, Meter(), ranks(rank))
+
+
 def terms(spread):
     """Of one micro-batch whose latent means have this spread."""
     scalars = {"loss": 1.0, "kl": 0.4, "nll": 0.6, "cosine": 0.9, "direction_square": 1.0}
@@ -41,7 +48,7 @@ def terms(spread):
 
 
 def taken(state, terms):
-    return TakenStep(state, lr=0.1, terms=terms, micro_batches=[], gradient_norm=torch.tensor(1.0))
+    return TakenStep(state, terms, [], lr=0.1, gradient_norm=torch.tensor(1.0))
 
 
 def test_the_meter_averages_and_starts_anew():
@@ -84,7 +91,7 @@ def test_what_is_recorded_can_be_read_and_a_collapse_is_said_once_an_epoch(tmp_p
     config, learner = vssl(tmp_path)
     state = TrainState()
     healthy, collapsed = 1.0, 0.05
-    with Telemetry(config, {}, "digest", 6, state, Meter(), ranks()) as telemetry:
+    with open_telemetry(config, state) as telemetry:
         for spread in (healthy, collapsed, collapsed, collapsed, healthy, collapsed):
             state.advance(64)
             telemetry.step(learner, taken(state, terms(spread)))
@@ -102,7 +109,7 @@ def test_what_is_recorded_can_be_read_and_a_collapse_is_said_once_an_epoch(tmp_p
 def test_a_resumed_run_drops_the_steps_it_takes_again_and_a_torn_line(tmp_path):
     config, learner = vssl(tmp_path)
     state = TrainState()
-    with Telemetry(config, {}, "digest", 6, state, Meter(), ranks()) as telemetry:
+    with open_telemetry(config, state) as telemetry:
         for _ in range(4):
             state.advance(64)
             telemetry.step(learner, taken(state, terms(0.1)))
@@ -111,7 +118,7 @@ def test_a_resumed_run_drops_the_steps_it_takes_again_and_a_torn_line(tmp_path):
                 saved = state.to_dict()
     path = tmp_path / "run" / "metrics.jsonl"
     path.write_text(path.read_text() + '{"kind": "train", "st')
-    with Telemetry(config, {}, "digest", 6, TrainState.from_dict(saved), Meter(), ranks()):
+    with open_telemetry(config, TrainState.from_dict(saved)):
         pass
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
 
@@ -119,11 +126,11 @@ def test_a_resumed_run_drops_the_steps_it_takes_again_and_a_torn_line(tmp_path):
 def test_a_run_that_begins_with_another_ones_checkpoint_counts_its_own_metrics(tmp_path):
     config, learner = vssl(tmp_path)
     state = TrainState(step=2, metrics_bytes=12345)
-    with Telemetry(config, {}, "digest", 6, state, Meter(), ranks()) as telemetry:
+    with open_telemetry(config, state) as telemetry:
         saved = state.to_dict()  # before the first line: a kill now must not keep the lines that follow
         state.advance(64)
         telemetry.step(learner, taken(state, terms(0.1)))
-    with Telemetry(config, {}, "digest", 6, TrainState.from_dict(saved), Meter(), ranks()):
+    with open_telemetry(config, TrainState.from_dict(saved)):
         assert (tmp_path / "run" / "metrics.jsonl").read_text() == ""
 
 
@@ -131,7 +138,7 @@ def test_a_resumed_run_shows_no_step_twice_in_tensorboard(tmp_path):
     config, learner = vssl(tmp_path)
     state = TrainState()
     for loss in (1.0, 2.0):
-        with Telemetry(config, {}, "digest", 6, state, Meter(), ranks()) as telemetry:
+        with open_telemetry(config, state) as telemetry:
             while state.step < 4:
                 state.advance(64)
                 step = [part | {"loss": torch.tensor(loss)} for part in terms(0.1)]
@@ -148,7 +155,7 @@ def test_a_resumed_run_shows_no_step_twice_in_tensorboard(tmp_path):
 def test_other_ranks_write_nothing(tmp_path):
     config, learner = vssl(tmp_path)
     state = TrainState(step=1)
-    with Telemetry(config, {}, "digest", 6, state, Meter(), ranks(rank=1)) as telemetry:
+    with open_telemetry(config, state, rank=1) as telemetry:
         telemetry.step(learner, taken(state, terms(0.1)))
         telemetry.say("nothing")
     assert not (tmp_path / "run").exists()

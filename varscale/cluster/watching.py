@@ -50,7 +50,8 @@ def print_status(submission: Submission) -> int:
     for run, job, state in zip(submission.runs, submission.jobs, states(submission), strict=True):
         lines = [line for line in read_metrics(run.directory / "metrics.jsonl") if line["kind"] == "train"]
         step = f"{lines[-1]['step'] if lines else 0} of {run.total_steps}"
-        rate = f"{lines[-1]['images_per_second']:.0f}" if lines else "-"
+        rates = [line["images_per_second"] for line in lines[-2:] if "images_per_second" in line]
+        rate = f"{rates[-1]:.0f}" if rates else "-"
         starts = submission.starts(job)
         restarts = int(starts[-1].suffix[1:]) if starts else 0
         shown = f"{state.state} ({state.reason})" if state.reason else state.state

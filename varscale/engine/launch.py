@@ -77,12 +77,16 @@ def check_training_data(config: Config, sizes: BatchSizes) -> TrainingData:
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be run, and found possible: the configuration, what follows from it, and the data."""
+    """What is to be run, and found possible: the configuration, what follows from it, and the data.
+
+    profile: whether to record where the time of some steps goes.
+    """
 
     config: Config
     sizes: BatchSizes
     deepspeed: dict
     data: TrainingData
+    profile: bool = False
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 from varscale.config import Config, to_yaml
+from varscale.engine.peaks import Peak
 from varscale.errors import UserError
 from varscale.files import make_folder, replace_text
 
@@ -22,10 +23,12 @@ FREE_KEYS = {"data.dir", "data.workers", "data.batches_ahead", "data.os_cache", 
 }
 
 
-def write_manifest(config: Config, deepspeed: dict, data_digest: str, *, world_size: int, device: str) -> None:
+def write_manifest(
+    config: Config, deepspeed: dict, data_digest: str, *, world_size: int, device: str, peak: Peak | None = None
+) -> None:
     """Make the run's directory and write manifest.json and config.yaml into it; a resumed run's starts are listed.
 
-    device: a name for people: a GPU's model, or "cpu".
+    device: a name for people: a GPU's model, or "cpu". peak: the rate that MFU is a share of, where it is known.
     """
     start = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -34,7 +37,7 @@ def write_manifest(config: Config, deepspeed: dict, data_digest: str, *, world_s
         "deepspeed": deepspeed,
         "versions": _versions(),
         "git_revision": git_revision(),
-        "hardware": _hardware() | {"device": device},
+        "hardware": _hardware() | {"device": device, "peak": peak and peak._asdict()},
     }
     make_folder(config.output_dir)
     path = config.output_dir / "manifest.json"

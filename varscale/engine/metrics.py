@@ -6,6 +6,20 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+# What tells of the clock and the machine in lines of training: it differs each time the same is run. See throughput.py.
+MEASURED = (
+    "images_per_second",
+    "views_per_second",
+    "step_ms_p50",
+    "step_ms_p90",
+    "step_ms_max",
+    "data_wait_share",
+    "tflops",
+    "mfu",
+    "process_memory_peak_gib",
+    "device_memory_peak_gib",
+)
+
 
 class MetricsFile:
     """Appends lines; what cannot be written waits for the next attempt, so that a full disk ends no run.

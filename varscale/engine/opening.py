@@ -18,6 +18,8 @@ from varscale.engine.distributed import Ranks
 from varscale.engine.launch import Job
 from varscale.engine.learners import Learner, MicroBatch
 from varscale.engine.optimizers import build_optimizer
+from varscale.engine.phases import in_phase, phase
+from varscale.engine.throughput import Throughput
 from varscale.engine.zero import build_engine, partition_companion, partition_group
 
 STEPS_PER_COLLECTION = 50  # of garbage: the same steps on every rank
@@ -72,13 +74,20 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def open_steps(job: Job, ranks: Ranks) -> Callable[[int, int], Generator[list[MicroBatch], None, None]]:
+def open_steps(
+    job: Job, ranks: Ranks, throughput: Throughput
+) -> Callable[[int, int], Generator[list[MicroBatch], None, None]]:
     """A function of an epoch and the number of a step in it: this rank's micro-batches in it and those behind.
 
-    The loader cuts their views from the images, the augmentation finishes them on the device.
+    The loader cuts their views from the images, the augmentation finishes them on the device. `throughput` is told of
+    waits for the loader.
     """
     config, sizes = job.config, job.sizes
     loader, augment = _open_views(job, ranks)
+
+    def wait_for(batches: Iterator[Batch]) -> Batch:
+        with phase("data wait"), throughput.waiting():
+            return next(batches)
 
     def steps(epoch: int, first: int) -> Generator[list[MicroBatch], None, None]:
         plan = rank_batches(
@@ -92,7 +101,7 @@ def open_steps(job: Job, ranks: Ranks) -> Callable[[int, int], Generator[list[Mi
             for number in range(first, first + len(plan)):
                 if number % STEPS_PER_COLLECTION == 0:
                     gc.collect(1)
-                yield [augment(next(batches), epoch) for _ in range(sizes.gradient_accumulation_steps)]
+                yield [augment(wait_for(batches), epoch) for _ in range(sizes.gradient_accumulation_steps)]
 
     return steps
 
@@ -122,10 +131,11 @@ def _open_views(job: Job, ranks: Ranks) -> tuple[ViewLoader, Callable[[Batch, in
         augmentations.append(augmentation)
         first_view += count
 
-    upload = Upload(ranks.device)
+    upload = in_phase("copy")(Upload(ranks.device))
     # The layout of the input decides the layout of every activation; DeepSpeed wants plain parameters.
     layout = torch.channels_last if config.compute.channels_last else torch.contiguous_format
 
+    @in_phase("augment")
     def augment(batch: Batch, epoch: int) -> MicroBatch:
         views = (
             augmentation(upload(images), batch.indices, epoch)

@@ -1,13 +1,17 @@
 """What became of the steps: read while the device takes the next one, so that it never waits for the host."""
 
 from collections import deque
+from collections.abc import Sequence
+
+from torch import Tensor
 
 from varscale.engine.bad_steps import BadSteps
 from varscale.engine.distributed import Ranks, greatest
-from varscale.engine.learners import Learner
+from varscale.engine.learners import Learner, MicroBatch, Terms
+from varscale.engine.phases import phase
 from varscale.engine.saving import CheckpointWriter
 from varscale.engine.state import TrainState
-from varscale.engine.stopping import StopRequest
+from varscale.engine.stopping import UNSAVED, StopRequest
 from varscale.engine.taken import TakenStep
 from varscale.engine.telemetry import Telemetry
 from varscale.engine.watchdog import Watchdog
@@ -39,11 +43,19 @@ class Outcomes:
         self.open: deque[TakenStep] = deque()
         self.reason, self.retry_is_due = 0, False
 
-    def follow(self, step: TakenStep) -> None:
-        """Take in a step; it is settled at once where that must be known. Raises as `settle` does."""
+    def follow(
+        self, terms: Sequence[Terms], micro_batches: Sequence[MicroBatch], *, lr: float, gradient_norm: Tensor
+    ) -> TakenStep:
+        """Take in the step that `state` has just counted; it is settled at once where that must be known.
+
+        Raises as `settle` does.
+        """
+        self.telemetry.throughput.end()
+        step = TakenStep(self.state, terms, micro_batches, lr=lr, gradient_norm=gradient_norm)
         self.open.append(step)
         if self.bad_steps.must_be_known_at_once:
             self.settle()
+        return step
 
     def settle(self, *, leave_open: int = 0) -> None:
         """Settle all steps but the last `leave_open`; waits for the device where it is not done. A collective.
@@ -54,9 +66,15 @@ class Outcomes:
         while len(self.open) > leave_open:
             self._settle(self.open.popleft())
 
+    def finish(self) -> int:
+        """Wait for the last checkpoint. Why all ranks end: `reason`, UNSAVED, or 0 where all is done. A collective."""
+        (unsaved,) = greatest((not self.writer.finish(),), self.ranks)
+        return self.reason or (UNSAVED if unsaved else 0)
+
     def _settle(self, step: TakenStep) -> None:
-        mine = step.looks_bad, self.stop.reason, self.writer.retry_is_due
-        is_bad, reason, retry = greatest(mine, self.ranks)
+        with phase("outcome"):  # the device is waited for here, if anywhere
+            mine = step.looks_bad, self.stop.reason, self.writer.retry_is_due
+            is_bad, reason, retry = greatest(mine, self.ranks)
         step.is_bad, self.retry_is_due = bool(is_bad), bool(retry)
         self.reason = self.reason or int(reason)
         if step.is_bad:

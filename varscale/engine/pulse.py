@@ -36,7 +36,8 @@ class Pulse:
         """Measure if it is due. Every rank must call it; `state` must have been given to `writer` before."""
         if not self.is_due(state):
             return
-        found = self.knn.measure()
+        with telemetry.aside("evaluation"):
+            found = self.knn.measure()
         state.epochs_measured = state.step // self.steps_per_epoch
         self.has_measured = True
         telemetry.record("knn", {"epoch": state.epochs_measured, **found})

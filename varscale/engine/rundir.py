@@ -9,6 +9,7 @@ RUN/checkpoints/latest        a link to the newest
 RUN/checkpoints/best          a link to that with the best kNN accuracy, where it is measured while training
 RUN/evaluation/               what evaluate.py measured: one JSON a checkpoint, beside it a folder of its pictures, and
                               features/, kept under the digest of what made them
+RUN/profile/                  of a start with --profile: each rank's trace, and profile.md, .json and .png
 RUN/slurm/                    its jobs' logs and the code they run (see varscale/cluster/submission.py)
 RUN/tensorboard/, RUN/plots/
 """
@@ -28,6 +29,11 @@ REPLACED = "-replaced"  # behind the name of a checkpoint whose place is being t
 def checkpoint_folder(run: Path) -> Path:
     """Where the checkpoints of a run lie."""
     return run / "checkpoints"
+
+
+def profile_folder(run: Path) -> Path:
+    """Where traces of a run's steps lie, and what was made of them."""
+    return run / "profile"
 
 
 def checkpoint_name(step: int) -> str:

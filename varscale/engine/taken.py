@@ -20,10 +20,10 @@ class TakenStep:
     def __init__(
         self,
         state: TrainState,
-        *,
-        lr: float,
         terms: Sequence[Terms],
         micro_batches: Sequence[MicroBatch],
+        *,
+        lr: float,
         gradient_norm: Tensor,
     ) -> None:
         self.number, self.samples_seen, self.lr = state.step, state.samples_seen, lr

@@ -2,7 +2,8 @@
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Self
@@ -12,14 +13,19 @@ from tqdm import tqdm
 
 from varscale.config import Config
 from varscale.engine.distributed import Ranks
+from varscale.engine.launch import Job
 from varscale.engine.learners import Learner, Shown, Terms
 from varscale.engine.manifest import write_manifest
 from varscale.engine.meter import Meter
 from varscale.engine.metrics import MetricsFile
+from varscale.engine.phases import in_phase, phase
 from varscale.engine.state import TrainState
 from varscale.engine.taken import TakenStep
+from varscale.engine.throughput import Throughput
 
-SHOWN = ("loss", "kl", "nll", "cosine", "top1", "lr", "images_per_second")  # on the progress bar
+# On the progress bar, and what for.
+SHOWN = {name: name for name in ("loss", "kl", "nll", "cosine", "top1", "lr")}
+SHOWN |= {"images_per_second": "images/s", "data_wait_share": "data wait", "mfu": "MFU"}
 
 
 class Telemetry:
@@ -29,26 +35,25 @@ class Telemetry:
     `every_steps` (logging) is also how often values are read from the device.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        deepspeed: dict,
-        data_digest: str,
-        total_steps: int,
-        state: TrainState,
-        meter: Meter,
-        ranks: Ranks,
-    ) -> None:
-        self.config, self.first, self.state, self.meter = config, ranks.is_first, state, meter
+    def __init__(self, job: Job, total_steps: int, state: TrainState, meter: Meter, ranks: Ranks) -> None:
+        self.config = config = job.config
+        self.first, self.state, self.meter = ranks.is_first, state, meter
         self.total_steps, self.steps_per_epoch = total_steps, total_steps // config.schedule.epochs
-        self.window = (time.perf_counter(), state.samples_seen)
+        self.throughput = Throughput.of(job, ranks)
         self.trackers: list[GeneralTracker] = []
         self.warned = -1  # the last epoch in which a warning was given
         self.coming: Callable[[], None] | None = None
         if not self.first:
             return
         run = config.output_dir
-        write_manifest(config, deepspeed, data_digest, world_size=ranks.world_size, device=ranks.device_name)
+        write_manifest(
+            config,
+            job.deepspeed,
+            job.data.info.digest,
+            world_size=ranks.world_size,
+            device=ranks.device_name,
+            peak=self.throughput.peak,
+        )
         self.metrics = MetricsFile(run / "metrics.jsonl", state.metrics_bytes, self.warn)
         state.metrics_bytes = self.metrics.position  # less where the checkpoint is of another run
         self.trackers = [_start_tracker(name, run, config, state.step) for name in config.logging.trackers]
@@ -59,6 +64,7 @@ class Telemetry:
         )
 
     def __enter__(self) -> Self:
+        self.throughput.begin()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -70,6 +76,7 @@ class Telemetry:
             for tracker in self.trackers:
                 tracker.finish()
 
+    @in_phase("logging")
     def step(self, learner: Learner, step: TakenStep) -> None:
         """Show that a step was taken; every so many, record what they came to over micro-batches, steps and ranks.
 
@@ -85,7 +92,7 @@ class Telemetry:
         is_due = step.number % self.config.logging.every_steps == 0 or step.number == self.total_steps
         if is_due and self.meter.steps:
             others = {"epoch": step.number / self.steps_per_epoch, "lr": step.lr, "gradient_norm": step.gradient_norm}
-            others["images_per_second"] = self._rate(step.samples_seen)
+            others |= self.throughput.read(leave=self.state.step - step.number)
             self.coming = partial(self._show, learner, step.number, self.meter.begin_reading(), others)
 
     def catch_up(self) -> None:
@@ -110,7 +117,7 @@ class Telemetry:
         self.metrics.write({"kind": kind, "step": step, "time": round(time.time(), 3), **values})
         self.state.metrics_bytes = self.metrics.position
         if kind == "train":
-            shown = {key: f"{values[key]:.4g}" for key in SHOWN if key in values}
+            shown = {name: f"{values[key]:.4g}" for key, name in SHOWN.items() if key in values}
             self.bar.set_postfix(shown, refresh=False)
         else:
             self.say("  ".join([kind, f"step {step}", *(f"{name} {value:g}" for name, value in values.items())]))
@@ -121,6 +128,13 @@ class Telemetry:
             except OSError as error:  # the disk is full
                 self.trackers.remove(tracker)
                 self.warn(f"{tracker.name} cannot be written ({error}) and is left out from now on")
+
+    @contextmanager
+    def aside(self, name: str) -> Iterator[None]:
+        """What is done inside stands in the phase `name` of a profile, and counts for no step's time."""
+        with phase(name):
+            yield
+        self.throughput.begin()
 
     def sync(self) -> None:
         """Wait until the metrics of all steps shown are on the disk: a checkpoint refers to their length."""
@@ -142,12 +156,6 @@ class Telemetry:
         if warning and epoch != self.warned:
             self.warned = epoch
             self.warn(f"step {step}: {warning}")
-
-    def _rate(self, seen: int) -> float:
-        """Images per second since the last call, over all ranks; `seen` of the run so far."""
-        (then, before), now = self.window, time.perf_counter()
-        self.window = (now, seen)
-        return (seen - before) / (now - then)
 
 
 def _start_tracker(name: str, run: Path, config: Config, step: int) -> GeneralTracker:

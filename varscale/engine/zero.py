@@ -10,6 +10,7 @@ from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 
 from varscale.config import zero_stage
+from varscale.engine.phases import in_phase, name_methods
 
 OptimizerState = dict[str, dict[str, Tensor]]  # parameter name -> state name -> tensor of the parameter's shape, or ()
 
@@ -18,6 +19,7 @@ def build_engine(network: nn.Module, optimizer: torch.optim.Optimizer, settings:
     """Hand network and optimizer to DeepSpeed; rank 0's parameters are broadcast, then partitioned by stage."""
     deepspeed_logger.setLevel(logging.WARNING)
     engine, *_ = deepspeed.initialize(model=network, optimizer=optimizer, config=settings)
+    name_methods(engine, forward="forward", backward="backward")
     return engine
 
 
@@ -57,6 +59,7 @@ def set_learning_rate(engine: deepspeed.DeepSpeedEngine, lr: float) -> None:
         group["lr"] = lr
 
 
+@in_phase("optimizer")
 def step_with_gradient_norm(engine: deepspeed.DeepSpeedEngine, *, refuse_bad: bool = False) -> Tensor:
     """Take the step that ends an accumulation and return the global gradient norm before clipping, on the device.
 

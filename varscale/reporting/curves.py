@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from varscale.engine.metrics import MEASURED
 from varscale.reporting.content import Picture
 from varscale.reporting.plotting import COLOURS, legend, picture
 from varscale.reporting.runs import Run
@@ -69,7 +70,7 @@ CURVES = (
 )
 # Keys of lines that these show, that throughput shows, or that say which line it is.
 SHOWN = {"loss", "kl", "nll", "lr", "gradient_norm", "tau2", "tau2_std", "confidence", "classes_present", "cosine"}
-SHOWN |= {"spread", "logvar_mean", "logvar_min", "logvar_max", "images_per_second", "kind", "step", "time", "epoch"}
+SHOWN |= {"spread", "logvar_mean", "logvar_min", "logvar_max", "kind", "step", "time", "epoch", *MEASURED}
 
 
 def curves(runs: Sequence[Run]) -> list[Picture]:

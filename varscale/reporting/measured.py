@@ -145,17 +145,35 @@ def stored(run: Run, number: int) -> tuple[list[Picture], list[Picture], list[st
 
 
 def throughput(runs: Sequence[Run]) -> list[Picture]:
-    """Images a second over the time since each run's first line."""
-    having = [(i, run) for i, run in enumerate(runs) if any("images_per_second" in x for x in run.series("train"))]
+    """Over the time since each run's first line: images a second, times of steps, and the share of waits for data."""
+    found = []
+    for name, title, key, band, scale, top in (
+        ("throughput", "images per second, all ranks", "images_per_second", None, 1, None),
+        ("step-times", "milliseconds of a step: median, 90th percentile", "step_ms_p50", "step_ms_p90", 1, None),
+        ("data-wait", "waiting for data (% of the time)", "data_wait_share", None, 100, 100),
+    ):
+        having = [(i, run) for i, run in enumerate(runs) if any(key in line for line in run.series("train"))]
+        if having:
+            draw = partial(_draw_speed, runs=having, key=key, band=band, scale=scale, top=top)
+            found.append(picture(name, title, draw))
+    return found
 
-    def draw(axis: "Axes") -> None:
-        handles = []
-        for number, run in having:
-            lines = [line for line in run.series("train") if "images_per_second" in line]
-            minutes = [(line["time"] - lines[0]["time"]) / 60 for line in lines]
-            rates = [line["images_per_second"] for line in lines]
-            handles += axis.plot(minutes, rates, color=COLOURS[number % len(COLOURS)], linewidth=1)
-        axis.set(xlabel="minutes since the first line", ylim=(0, None))
-        legend(axis, handles, [run.name for _, run in having])
 
-    return [picture("throughput", "images per second, all ranks", draw)] if having else []
+def _draw_speed(
+    axis: "Axes", runs: Sequence[tuple[int, Run]], key: str, band: str | None, scale: float, top: float | None
+) -> None:
+    """band: the upper edge of what is shaded above the curve. scale: of values. top: of the axis."""
+    handles, edges = [], []
+    for number, run in runs:
+        lines = [line for line in run.series("train") if key in line]
+        minutes = [(line["time"] - lines[0]["time"]) / 60 for line in lines]
+        values, colour = [scale * line[key] for line in lines], COLOURS[number % len(COLOURS)]
+        handles += axis.plot(minutes, values, color=colour, linewidth=1)
+        if band:
+            upper = [scale * line[band] for line in lines]
+            axis.fill_between(minutes, values, upper, color=colour, alpha=0.2, linewidth=0)
+            edges += upper
+    if band:  # the first line of a start holds all that is set up in its first step, and would flatten the others
+        top = 1.2 * float(np.percentile(edges, 90))
+    axis.set(xlabel="minutes since the first line", ylim=(0, top))
+    legend(axis, handles, [run.name for _, run in runs])

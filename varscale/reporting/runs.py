@@ -15,6 +15,7 @@ from varscale.engine.rundir import (
     read_sound_metrics,
 )
 from varscale.errors import UserError
+from varscale.reporting.step_profile import read_step_profile
 
 TRAINED, UNTRAINED, PIXELS = "trained", "untrained", "pixels"  # of evaluate.py
 
@@ -39,6 +40,7 @@ class Run:
         name: the end of its path that tells it from the others.
         config, starts, data_digest: of its manifest. lines: of metrics.jsonl.
         evaluations: the oldest checkpoint's first.
+        profile: where the time of its steps goes, as `trace.analyse` found it, if it was profiled.
         missing: what a reader would look for in vain.
     """
 
@@ -49,6 +51,7 @@ class Run:
     data_digest: str
     lines: list[dict]
     evaluations: list[Evaluation]
+    profile: dict | None
     missing: list[str]
 
     @property
@@ -101,7 +104,12 @@ def _read_run(path: Path, name: str) -> Run:
         except UserError as error:
             missing.append(str(error))
     missing += _not_measured(path, evaluations)
-    return Run(path, name, config, starts, digest, lines, evaluations, missing)
+    try:
+        profile = read_step_profile(path)
+    except ValueError as error:
+        profile = None
+        missing.append(str(error))
+    return Run(path, name, config, starts, digest, lines, evaluations, profile, missing)
 
 
 def _not_measured(path: Path, evaluations: list[Evaluation]) -> list[str]:

@@ -1,11 +1,12 @@
 """The sections of a report, in the order in which they are read."""
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from varscale.reporting import curves, measured, tables
+from varscale.reporting import curves, measured, step_profile, tables
 from varscale.reporting.content import (
     Block,
+    Column,
     Commands,
     Fold,
     Gallery,
@@ -13,6 +14,7 @@ from varscale.reporting.content import (
     Paragraph,
     Report,
     Section,
+    Table,
 )
 from varscale.reporting.runs import TRAINED, Run
 from varscale.reporting.subjects import Subject, subjects
@@ -27,7 +29,7 @@ def build_report(runs: Sequence[Run], command: str) -> Report:
         _training(runs),
         _embeddings(runs),
         _pictures(runs),
-        Section("Throughput", [Gallery(measured.throughput(runs)), tables.speed(runs)]),
+        _throughput(runs),
         _configuration(runs),
         _notes(runs),
         _reproduction(runs, command),
@@ -95,6 +97,26 @@ def _pictures(runs: Sequence[Run]) -> Section:
         blocks += [Fold("Of the baselines", [Gallery(baselines, "wide")])] if baselines else []
         blocks += [Items(missing)] if missing else []
     return Section("Evaluators' pictures", blocks)
+
+
+def _throughput(runs: Sequence[Run]) -> Section:
+    told = (
+        "Of training itself: checkpoints and evaluation are not in it. Images, views: of all ranks. Times, waits, "
+        "operations, memory: of rank 0. Medians are those of the lines of metrics.jsonl."
+    )
+    blocks: list[Block] = [Paragraph(told), Gallery(measured.throughput(runs)), tables.speed(runs)]
+    for number, run in enumerate(runs):
+        if run.profile:
+            title = f"{run.name}: where the time of a step goes, mean of {run.profile['steps']} profiled steps"
+            blocks.append(Gallery([step_profile.draw(f"step-{number + 1}", title, run.profile)], "wide"))
+            blocks.append(Fold(f"{run.name}: by phase and operator", [*_step_tables(run.profile)]))
+    return Section("Throughput", blocks)
+
+
+def _step_tables(profile: dict) -> Iterator[Block]:
+    yield Paragraph(step_profile.TOLD)
+    for head, *rows in (step_profile.phase_rows(profile), step_profile.operator_rows(profile)):
+        yield Table([Column(head[0], "label"), *map(Column, head[1:])], rows)
 
 
 def _configuration(runs: Sequence[Run]) -> Section:

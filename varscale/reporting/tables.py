@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import median
 
@@ -147,10 +147,10 @@ def speed(runs: Sequence[Run]) -> Table:
         start = run.starts[-1] if run.starts else {}
         hardware, versions = start.get("hardware", {}), start.get("versions", {})
         lines = run.series("train")
-        rates = [line["images_per_second"] for line in lines if "images_per_second" in line]
-        entries = {
-            "images/s, median": f"{median(rates):.1f}" if rates else "",
-            "images/s, greatest": f"{max(rates):.1f}" if rates else "",
+        peak = hardware.get("peak")
+        entries = {text: _of_lines(lines, key, statistic, form) for text, (key, statistic, form) in SPEED.items()}
+        entries |= {
+            "peak of a rank's device (TFLOP/s)": f"{peak['tflops']:g}, dense {peak['format']}" if peak else "",
             "first to last line": duration(lines[-1]["time"] - lines[0]["time"]) if lines else "",
             "optimizer steps": str(lines[-1]["step"]) if lines else "",
             "ranks": str(start.get("world_size", "")),
@@ -161,10 +161,33 @@ def speed(runs: Sequence[Run]) -> Table:
             "memory of a rank's machine (GiB)": str(hardware.get("memory_gib", "")),
             "starts": str(len(run.starts)),
             "revision": (start.get("git_revision") or "")[:12],
-        } | {name: versions.get(name, "") for name in ("python", "torch", "deepspeed", "ffcv")}
+        }
+        entries |= {name: versions.get(name, "") for name in ("python", "torch", "deepspeed", "ffcv")}
         for name, text in entries.items():
             rows.setdefault(name, []).append(text)
-    return Table((Column("", LABEL), *(Column(run.name) for run in runs)), [(n, *cells) for n, cells in rows.items()])
+    shown_rows = [(name, *cells) for name, cells in rows.items() if any(cells)]
+    return Table((Column("", LABEL), *(Column(run.name) for run in runs)), shown_rows)
+
+
+# Rows of the table of throughput: key of a line of metrics, what is taken of all lines, how it is written.
+SPEED = {
+    "images/s, median": ("images_per_second", median, "{:.1f}"),
+    "images/s, greatest": ("images_per_second", max, "{:.1f}"),
+    "views/s, median": ("views_per_second", median, "{:.1f}"),
+    "step, median (ms)": ("step_ms_p50", median, "{:.1f}"),
+    "step, 90th percentile (ms)": ("step_ms_p90", median, "{:.1f}"),
+    "step, longest (ms)": ("step_ms_max", max, "{:.1f}"),
+    "waiting for data": ("data_wait_share", median, "{:.1%}"),
+    "TFLOP/s of a rank": ("tflops", median, "{:.3g}"),
+    "MFU": ("mfu", median, "{:.1%}"),
+    "device memory, peak (GiB)": ("device_memory_peak_gib", max, "{:.2f}"),
+    "process memory, peak (GiB)": ("process_memory_peak_gib", max, "{:.2f}"),
+}
+
+
+def _of_lines(lines: Sequence[dict], key: str, statistic: Callable[[list[float]], float], form: str) -> str:
+    values = [line[key] for line in lines if key in line]
+    return form.format(statistic(values)) if values else ""
 
 
 def duration(seconds: float) -> str:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from varscale.config import Config
 from varscale.engine.learners.base import Forward, Learner, MicroBatch, Shown, Terms
+from varscale.engine.phases import in_phase
 from varscale.engine.schedules import teacher_momentum
 from varscale.engine.zero import drop_whole_copies, local_part
 from varscale.models.networks import StudentNetwork
@@ -39,12 +40,14 @@ class TeacherStudentLearner(Learner):
         loss, terms = self.view_loss(student, self.teacher_outputs(batch))
         return loss, {"loss": loss, **terms}
 
+    @in_phase("teacher forward")
     def teacher_outputs(self, batch: MicroBatch) -> list:
         """What the teacher says of each large view: small crops say too little to learn from."""
         large = batch.views[0]
         with torch.autocast(large.device.type, torch.bfloat16, enabled=self.autocast):
             return by_view(self.teacher(large), len(batch.labels))
 
+    @in_phase("EMA")
     def after_step(self, step: int) -> None:
         momentum = teacher_momentum(
             step, self.total_steps, base=self.objective.teacher_momentum, final=self.objective.teacher_momentum_final
