@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple
 import torchvision.models
 from torch import nn
 
+from varscale.models.convolution import convert_convolutions
 from varscale.models.norm import convert_batch_norm
 
 _RESNETS = {
@@ -79,7 +80,7 @@ def _build_resnet(name: str, stem: str) -> nn.Module:
         raise ValueError(f"stem is {stem!r}, expected 'imagenet' or 'cifar'")
     encoder.feature_dim = encoder.fc.in_features
     encoder.fc = nn.Identity()
-    return encoder
+    return convert_convolutions(encoder)
 
 
 def _build_vit(name: str, image_size: int, patch_size: int | None) -> nn.Module:
