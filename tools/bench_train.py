@@ -21,12 +21,14 @@ Ours is configured by --config and key=value, as train.py is. lightly takes part
 
 import argparse
 import json
+import math
 import os
 import platform
 import shlex
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -77,6 +79,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--count", type=int, help="images to train on (default: 16 batches)")
     parser.add_argument("--classes", type=int, default=10, help="of images that are made")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="after which no further round begins")
     parser.add_argument("--steps", type=int, default=5, help="timed in a round")
     parser.add_argument("--warm-up", type=int, help="steps before them (default: as many batches as workers prepare)")
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), metavar="NAME")
@@ -149,7 +152,10 @@ def compare(options: argparse.Namespace, config: Config, folder: Path, classes: 
             processes.append(Process(row, job._replace(overrides=[*job.overrides, *row.overrides]), folder))
         for process in processes:
             process.begin()
+        start = time.monotonic()
         for number in range(options.rounds):
+            if number and time.monotonic() - start > options.seconds:
+                break
             for process in processes:
                 process.run(options.warm_up, options.steps)
                 if not process.row.absent:
@@ -178,7 +184,7 @@ def summary(options: argparse.Namespace, config: Config, rows: Sequence[Row]) ->
         "machine": f"{torch.cuda.get_device_name() if has_cuda() else processor()}, {options.cores} cores",
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "encoder": config.encoder.name,
-        "rounds": options.rounds,
+        "rounds": max((len(row.rounds) for row in rows), default=0),
         "steps": options.steps,
         "flops_per_view": flops,
         "rows": [asdict(row) | figures(row, reference, options, config, flops) for row in rows],

@@ -44,18 +44,15 @@ class Process:
         self.process = subprocess.Popen(command, env=ENVIRONMENT, text=True, bufsize=1, **pipes)
 
     def begin(self) -> None:
-        """Wait until it is set up."""
-        answer = self._answer()
-        if "missing" in answer:
-            self.row.absent = f"{answer['missing']} is not installed: {CONTENDERS[self.row.name].install}"
-        self.row.views = answer.get("views", 0)
+        """Wait until it is set up, and have it take its first step, in which its views are counted."""
+        if missing := self._answer().get("missing"):
+            self.row.absent = f"{missing} is not installed: {CONTENDERS[self.row.name].install}"
+        self._ask("count")
+        self.row.views = self._answer().get("views", 0)
 
     def run(self, untimed: int, timed: int) -> None:
         """A round."""
-        if self.row.absent:
-            return
-        with contextlib.suppress(BrokenPipeError):  # its answer, or the lack of one, tells
-            print(untimed, timed, file=self.process.stdin, flush=True)
+        self._ask(f"{untimed} {timed}")
         if answer := self._answer():
             self.row.rounds.append(answer)
 
@@ -75,6 +72,11 @@ class Process:
                 self.process.wait()
             self.process.stdout.close()
             self.log.close()
+
+    def _ask(self, line: str) -> None:
+        if not self.row.absent:
+            with contextlib.suppress(BrokenPipeError):  # its answer, or the lack of one, tells
+                print(line, file=self.process.stdin, flush=True)
 
     def _answer(self) -> dict:
         """What it says next; nothing where it has failed, which is noted in its row."""
@@ -97,9 +99,10 @@ def has_cuda() -> bool:
 
 
 def serve(name: str, job: Job) -> None:
-    """Takes a number of untimed and of timed steps from each line of stdin, answers with a line of JSON on stdout.
+    """Sets a contender up and answers on stdout, in lines of JSON, what stdin asks: `count`, its views of a step, or a
+    number of untimed and of timed steps, a round.
 
-    The first line says how many views a step has, or what is not installed.
+    It says first that it is ready, or what is not installed; on a GPU it then keeps no memory between its turns.
     """
     report = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print
@@ -113,9 +116,17 @@ def serve(name: str, job: Job) -> None:
         except ModuleNotFoundError as error:
             answer(missing=error.name)
             return
-        answer(views=views_of_a_step(training))
+        import torch  # not before the contender has
+
+        answer(missing=None)
         for line in sys.stdin:
-            answer(**measure(training, *map(int, line.split())))
+            if line.strip() == "count":
+                found = {"views": views_of_a_step(training)}
+            else:
+                found = measure(training, *map(int, line.split()))
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            answer(**found)
 
 
 def views_of_a_step(training: Training) -> int:
@@ -154,7 +165,6 @@ def measure(training: Training, untimed: int, timed: int) -> dict[str, float]:
     found = {"seconds": seconds, "waited": waited}
     if on_gpu:
         found["memory"] = torch.cuda.max_memory_allocated()
-        torch.cuda.empty_cache()  # the others' turn
     return found
 
 
