@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Gathers what tools/gpu_plan.sh needs on a machine without a network: wheels that it lacks and CIFAR-100, in parts small
-# enough for one transfer each.
+# Gathers what tools/gpu_plan.sh needs on a machine without a network: wheels that it lacks and CIFAR-100, in parts
+# small enough for one transfer each.
 set -euo pipefail
 
 usage() {
@@ -80,7 +80,8 @@ PYTHON
     part=1 start=0 room=$((limit - taken - 4096))
     while [ "$start" -lt "$size" ]; do
         mkdir -p "$out/part$part"
-        tail -c +$((start + 1)) "$out/cifar100.npz" | head -c "$room" >"$out/part$part/cifar100.npz.$(printf %02d "$part")" || true
+        piece=$out/part$part/cifar100.npz.$(printf %02d "$part")
+        tail -c +$((start + 1)) "$out/cifar100.npz" | head -c "$room" >"$piece" || true # head ends tail
         start=$((start + room)) room=$limit part=$((part + 1))
     done
 fi
