@@ -94,9 +94,7 @@ def test_lightly_takes_part_where_it_is_installed(repository, tmp_path):
 
 
 def test_a_contender_that_fails_has_a_row_and_the_exit_code_tells(repository):
-    ended = run(
-        repository, "--only", "ours", "data.loader=torch", "data.on_bad_sample=stop", "deepspeed.config=none.json"
-    )
+    ended = run(repository, "deepspeed.config=none.json", "--only", "ours")
     assert ended.returncode == 1
     (row,) = rows(ended.stdout)
     assert row["images/s"].startswith("failed: ")
