@@ -136,6 +136,12 @@ def have_metric_learning() -> bool:
     return True
 
 
+def shape(text: str) -> tuple[int, int, int]:
+    """Embeddings, classes and width from the command line."""
+    samples, classes, width = map(int, text.split(","))
+    return samples, classes, width
+
+
 def check_agreement(device: str) -> None:
     """The transcription must be the same function, or its time would mean nothing."""
     results = []
@@ -151,6 +157,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--shapes", nargs="+", type=shape, default=SHAPES, metavar="N,C,D", help="of the batches")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -158,8 +165,8 @@ def main() -> None:
     print(f"torch {torch.__version__}, {options.device}, {options.threads} threads, medians of {options.repeats}\n")
     print("| (N, C, D) | | ms, forward + backward | times varcon_loss | peak extra memory / logits |")
     print("|---|---|---|---|---|")
-    for shape in SHAPES:
-        for row in measure(shape, options.device, options.repeats, options.threads):
+    for sizes in options.shapes:
+        for row in measure(sizes, options.device, options.repeats, options.threads):
             print(row, flush=True)
 
 

@@ -132,16 +132,24 @@ def torchvision(job: Job) -> Iterator[Views]:
 
 
 def pil_colour(job: Job) -> Iterator[Views]:
-    """SupCon's transforms, as VarCon's authors have them."""
     from PIL import Image
+
+    return _data_loader(job, Image.fromarray, open_pil, pil_transform(job.size))
+
+
+def open_pil(path: str):
+    from PIL import Image
+
+    return Image.open(path).convert("RGB")
+
+
+def pil_transform(size: int) -> Callable:
+    """SupCon's transforms, as VarCon's authors have them: a PIL image -> (3, size, size) float32."""
     from torchvision import transforms
 
-    def from_jpeg(path: str) -> Image.Image:
-        return Image.open(path).convert("RGB")
-
-    transform = transforms.Compose(
+    return transforms.Compose(
         [
-            transforms.RandomResizedCrop(job.size, SCALE),
+            transforms.RandomResizedCrop(size, SCALE),
             transforms.RandomHorizontalFlip(),
             transforms.RandomApply([transforms.ColorJitter(BRIGHTNESS, CONTRAST, SATURATION, HUE)], JITTER),
             transforms.RandomGrayscale(GRAYSCALE),
@@ -149,7 +157,6 @@ def pil_colour(job: Job) -> Iterator[Views]:
             transforms.Normalize(MEAN, STD),
         ]
     )
-    return _data_loader(job, Image.fromarray, from_jpeg, transform)
 
 
 def _data_loader(job: Job, from_array: Callable, from_jpeg: Callable, transform: Callable) -> Iterator[Views]:

@@ -36,7 +36,7 @@ def write_images(name: str, count: int, folder: Path) -> str:
     Raises:
         UserError: there are no such images, or some cannot be decoded.
     """
-    contents = _contents(name, count, folder)
+    contents = contents_of(name, count, folder)
     stored = encode_chunk(contents, ImageOptions(jpeg_quality=None if are_arrays(name) else JPEG_QUALITY)).images
     images = Images(folder)
     with BetonWriter(images.beton, count) as writer:
@@ -55,7 +55,7 @@ def write_images(name: str, count: int, folder: Path) -> str:
     return f"{count:,} {form} images ({len(stored):,} different), {width} x {height}, {kilobytes:.0f} KB each"
 
 
-def _contents(name: str, count: int, folder: Path) -> Sequence[str | np.ndarray]:
+def contents_of(name: str, count: int, folder: Path) -> Sequence[str | np.ndarray]:
     """At most `count` images, as varscale's conversion takes them."""
     rng = np.random.default_rng(0)
     if name == "cifar":

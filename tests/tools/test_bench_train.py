@@ -1,0 +1,163 @@
+"""The benchmark of training steps: its table and JSON on a few images, and that the contenders do the same work."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+SMALL = ["--batch", "4", "--image-size", "16", "--stem", "imagenet", "--rounds", "1", "--steps", "1", "--warm-up", "1"]
+
+
+@pytest.fixture(scope="module")
+def tools_on_path(repository):
+    sys.path.insert(0, str(repository / "tools"))  # as Python does for a script
+    yield
+    sys.path.remove(str(repository / "tools"))
+
+
+@pytest.fixture(scope="module")
+def bench(tool, tools_on_path):
+    return tool("bench_train")
+
+
+def run(repository, *arguments):
+    """On one core, so that no thread waits for another that a busy machine does not run."""
+    command = [sys.executable, repository / "tools" / "bench_train.py", *SMALL, *arguments]
+    core = {min(os.sched_getaffinity(0))}
+    return subprocess.run(
+        list(map(str, command)),
+        capture_output=True,
+        text=True,
+        timeout=1500,
+        preexec_fn=lambda: os.sched_setaffinity(0, core),
+    )
+
+
+def rows(text):
+    table = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    return [dict(zip(table[0], row, strict=True)) for row in table[1:]]
+
+
+def test_every_contender_has_a_row_and_learns_from_as_many_views(repository, tmp_path):
+    names = ["ours", "usual", "usual-amp", "supervised"]
+    ended = run(repository, "--only", *names, "--rounds", 2, "--seconds", 0, "--json", tmp_path / "found.json")
+    assert ended.returncode == 0, ended.stderr
+    table = rows(ended.stdout)
+    assert [row["step"] for row in table] == [
+        "varscale",
+        "the usual script",
+        "the usual script",
+        "supervised, cross-entropy",
+    ]
+    found = json.loads((tmp_path / "found.json").read_text())
+    ours, usual, amp, floor = found["rows"]
+    assert ours["views"] == usual["views"] == floor["views"] == 8
+    assert found["rounds"] == len(ours["rounds"]) == len(floor["rounds"]) == 1  # no time was left for another
+    assert floor["images_per_second"] == pytest.approx(floor["views_per_second"])
+    assert ours["images_per_second"] == pytest.approx(ours["views_per_second"] / 2)
+    if amp["absent"]:
+        assert amp["absent"] == table[2]["images/s"] == "needs a GPU"
+        assert usual["ratio"] == 1
+        assert ours["ratio"] == pytest.approx(usual["step_seconds"] / ours["step_seconds"])
+    assert all(0 <= row["data_wait"] <= 1 for row in (ours, usual, floor))
+    assert found["flops_per_view"] > 0
+    assert "64 raw images (64 different, up to 32 x 32), 10 classes" in ended.stdout
+
+
+@pytest.mark.slow  # a minute on a busy machine
+def test_a_setting_of_ours_is_varied_and_what_is_missing_says_how_to_get_it(repository, tmp_path, digits):
+    blocked = tmp_path / "lightly"
+    blocked.mkdir()
+    (blocked / "__init__.py").write_text("raise ModuleNotFoundError(\"No module named 'lightly'\", name='lightly')\n")
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", path)
+        command = ["--data", digits, "--objective", "supcon", "--only", "ours", "lightly", "--vary"]
+        ended = run(repository, *command, "compute.precision=float32", "--json", tmp_path / "found.json")
+    assert ended.returncode == 0, ended.stderr
+    ours, lightly, varied = json.loads((tmp_path / "found.json").read_text())["rows"]
+    assert lightly["absent"].startswith("lightly is not installed: pip install")
+    assert (ours["overrides"], varied["overrides"]) == ([], ["compute.precision=float32"])
+    assert varied["views"] == ours["views"] == 8
+
+
+@pytest.mark.slow
+def test_lightly_takes_part_where_it_is_installed(repository, tmp_path):
+    for module in ("lightly", "lightning_utilities"):
+        pytest.importorskip(module, reason="pip install --no-deps lightly==1.6.0 lightning-utilities")
+    ended = run(repository, "--only", "lightly", "--json", tmp_path / "found.json")
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads((tmp_path / "found.json").read_text())["rows"][0]["views"] == 8
+
+
+def test_a_contender_that_fails_has_a_row_and_the_exit_code_tells(repository):
+    ended = run(repository, "deepspeed.config=none.json", "--only", "ours")
+    assert ended.returncode == 1
+    (row,) = rows(ended.stdout)
+    assert row["images/s"].startswith("failed: ")
+    assert "none.json" in row["images/s"]
+
+
+def test_the_ratio_is_of_views_a_second(bench):
+    options = bench.parse_arguments(["--rounds", "3", "--steps", "2"])
+    config = bench.load_config("cifar10-varcon")
+    ours = bench.Row("ours", "", "", views=64, rounds=[{"seconds": s, "waited": s / 4} for s in (4, 2, 8)])
+    theirs = bench.Row("usual", "", "", views=32, rounds=[{"seconds": s, "waited": 0} for s in (6, 4, 8)])
+    found = bench.figures(ours, theirs, options, config, flops=10**12)
+    assert found["step_seconds"] == 2
+    assert found["step_seconds_range"] == [1, 4]
+    assert found["views_per_second"] == found["tflops"] == 32
+    assert found["data_wait"] == 0.25
+    assert found["ratio"] == pytest.approx((3 / 32) / (2 / 64))
+    assert found["ratio_range"] == pytest.approx([2, 4])
+    assert "mfu" not in found
+
+
+def test_the_loss_of_the_usual_script_is_supcons(tools_on_path):
+    import torch
+    import train_contenders
+
+    from varscale.objectives.supcon import supcon_loss
+
+    features = torch.nn.functional.normalize(torch.randn(6, 2, 8, generator=torch.Generator().manual_seed(0)), dim=2)
+    labels = torch.tensor([0, 1, 0, 2, 1, 0])
+    ours, _ = supcon_loss(torch.cat(features.unbind(1)), labels.repeat(2), temperature=train_contenders.TEMPERATURE)
+    torch.testing.assert_close(train_contenders.repeated_supcon(features, labels), ours)
+
+
+def test_images_of_a_data_set_are_the_same_for_all(tools_on_path, digits, tmp_path):
+    import train_images
+
+    from varscale.data.beton import check_beton
+
+    told, classes = train_images.write_training_images(str(digits), 50, 10, tmp_path, workers=1)
+    assert told.startswith("50 raw images (50 different, up to 16 x 16)")
+    labels, pixels = np.load(tmp_path / "labels.npy"), np.load(tmp_path / "images.npy")
+    summary = check_beton(tmp_path / "converted" / "train.beton", num_classes=classes, require_labels=True)
+    np.testing.assert_array_equal(summary.labels, labels)
+    bytes_ = (tmp_path / "converted" / "train.beton").read_bytes()
+    for index in (0, 49):
+        start = int(summary.offsets[index])
+        assert bytes_[start : start + pixels[index].size] == pixels[index].tobytes()
+    original = check_beton(digits / "train.beton", num_classes=None, require_labels=True)
+    assert labels[-1] == original.labels[-1]  # evenly spread, to the last
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["objective.name=byol"], "the usual script knows varcon, supcon, simclr"),
+        (["data.local_views=2"], "the contenders make two views"),
+        (["--vary", "batch.size=3"], "unknown key 'batch.size'"),
+        (["--data", "nothing"], "nothing holds no converted data set"),
+    ],
+)
+def test_bad_input_is_one_sentence(bench, capsys, monkeypatch, tmp_path, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert bench.main(["--count", "16", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1

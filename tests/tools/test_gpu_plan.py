@@ -1,0 +1,161 @@
+"""The plan for a GPU machine: its runs in small, what becomes of stages that fail or hang, what is brought along."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def plan(tool):
+    return tool("gpu_plan")
+
+
+@pytest.fixture
+def run(repository, tmp_path):
+    """tools/gpu_plan.sh with everything in tmp_path; returns the completed process."""
+
+    def start(*arguments, **environment):
+        own = {"OUT": tmp_path / "out", "WORK": tmp_path / "work", "PYTHON": sys.executable} | environment
+        return subprocess.run(
+            [repository / "tools" / "gpu_plan.sh", *map(str, arguments)],
+            env=os.environ | {name: str(value) for name, value in own.items()},
+            capture_output=True,
+            text=True,
+            timeout=1800,
+        )
+
+    return start
+
+
+def stages(ended, out, number):
+    assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]
+    document = json.loads((out / f"run{number}.json").read_text())
+    assert (document["run"], document["toy"]) == (number, True)
+    assert {stage["outcome"] for stage in document["stages"]} == {"done"}
+    assert (out / f"run{number}.md").read_text().strip() in ended.stdout
+    return {stage["title"]: stage for stage in document["stages"]}
+
+
+@pytest.mark.timeout(1800)
+def test_the_first_run_in_small(run, tmp_path):
+    found = stages(run("--toy", 1), tmp_path / "out", 1)
+    assert list(found) == ["tests that need a GPU", "objectives", "augmentation", "loaders"]
+    assert all(stage["tables"][0] for stage in found.values())
+    counts = found["tests that need a GPU"]["tables"][0][0]
+    assert int(counts.get("passed", 0)) + int(counts.get("skipped", 0)) > 0
+    assert found["objectives"]["tables"][0][0][""] == "varcon_loss"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_second_run_in_small(run, tmp_path):
+    found = stages(run("--toy", 2), tmp_path / "out", 2)
+    assert [row["title"] for row in found["step"]["left"][0]["rows"]] == ["varscale", "supervised, cross-entropy"]
+    assert [row["views"] for row in found["batch sizes"]["left"][0]["rows"]] == [8, 16]
+    assert [row["overrides"] for row in found["ZeRO stages and layout"]["left"][0]["rows"]] == [
+        [],
+        ["deepspeed.config=zero2"],
+        ["compute.channels_last=false"],
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_third_run_in_small(run, tmp_path):
+    found = stages(run("--toy", 3), tmp_path / "out", 3)
+    assert list(found) == ["conversion", "the time of a step", "training, 2 epochs", "evaluation"]
+    assert found["training, 2 epochs"]["left"][0][-1]["step"] > 0
+    measured = found["evaluation"]["left"][0]
+    assert "linear_cached" in json.dumps(measured)
+    assert "knn" in json.dumps(measured)
+
+
+def test_a_stage_that_fails_and_one_that_hangs_are_told_and_the_others_go_on(plan, monkeypatch, tmp_path, capsys):
+    def python(code):
+        return [sys.executable, "-c", code]
+
+    marker, child, hanging = tmp_path / "marker", tmp_path / "child.py", tmp_path / "hanging.py"
+    child.write_text(f"import time\nwhile True:\n    open({str(marker)!r}, 'w').close()\n    time.sleep(0.05)\n")
+    hanging.write_text(f"import subprocess, sys\nsubprocess.run([sys.executable, {str(child)!r}])\n")
+
+    def made(options):
+        first = yield plan.Stage("first", python("print('| a | b |\\n|---|---|\\n| 1 | 2 |\\n')"), 60)
+        assert first["tables"] == [[{"a": "1", "b": "2"}]]
+        failed = yield plan.Stage("failing", python("import sys; print('so far', file=sys.stderr); sys.exit(3)"), 60)
+        assert failed["exit_code"] == 3
+        yield plan.Stage("hanging", [sys.executable, str(hanging)], 3)
+        yield plan.Stage(
+            "last", python(f"open({str(tmp_path / 'x.json')!r}, 'w').write('[7]')"), 60, (f"{tmp_path}/x.json",)
+        )
+
+    monkeypatch.setattr(plan, "kernels", made)
+    assert plan.main(["1", "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]) == 1
+    document = json.loads((tmp_path / "out" / "run1.json").read_text())
+    assert [stage["outcome"] for stage in document["stages"]] == [
+        "done",
+        "FAILED with exit code 3",
+        "FAILED: out of time",
+        "done",
+    ]
+    assert document["stages"][-1]["left"] == [[7]]
+    assert b"so far" in (tmp_path / "out" / "run1.log").read_bytes()
+    assert "| hanging | FAILED: out of time |" in capsys.readouterr().out
+    marker.unlink(missing_ok=True)
+    time.sleep(0.3)
+    assert not marker.exists()  # what the stage had started has ended with it
+
+
+def test_the_tables_of_a_text(plan):
+    text = "before\n\n| a |  |\n|---|---|\n| 1 | x |\n| 2 | y |\nafter\n| no | table |\n\n| c |\n|---|\n"
+    assert plan.tables(text) == [[{"a": "1", "": "x"}, {"a": "2", "": "y"}], []]
+    assert plan.test_counts("..s\n==== 2 passed, 1 skipped, 9 deselected in 4.50s ====\n") == [
+        [{"passed": "2", "skipped": "1", "deselected": "9"}]
+    ]
+    assert plan.test_counts("1 failed, 3 passed in 90.1s (0:01:30)") == [[{"failed": "1", "passed": "3"}]]
+    assert plan.test_counts("nothing") == []
+
+
+def test_the_epochs_that_fit(plan):
+    assert plan.epochs_that_fit(minutes=10, steps_per_epoch=48, step_seconds=0.25) == int(600 * plan.SAFE_SHARE / 12)
+    assert plan.epochs_that_fit(minutes=1, steps_per_epoch=1000, step_seconds=1) == 1
+
+
+def test_a_part_is_received_and_run_3_wants_all_of_the_data(run, tmp_path):
+    assert "which run" in run().stderr
+    missing = run(3)
+    assert missing.returncode == 2
+    assert "run 3 needs CIFAR-100" in missing.stderr
+    content = bytes(range(256)) * 8
+    for number, piece in enumerate((content[:1000], content[1000:]), start=1):
+        part = tmp_path / f"part{number}"
+        part.mkdir()
+        (part / f"cifar100.npz.0{number}").write_bytes(piece)
+    (tmp_path / "part1" / "cifar100.sha256").write_text(f"{hashlib.sha256(content).hexdigest()}  cifar100.npz\n")
+    assert run("receive", tmp_path / "part1").returncode == 0
+    incomplete = run(3)
+    assert incomplete.returncode == 2
+    assert "receive every part of the bundle" in incomplete.stderr
+    assert run("receive", tmp_path / "part2").returncode == 0
+    run(3, PYTHON="true")  # all there: it goes on
+    assert (tmp_path / "work" / "cifar100.npz").read_bytes() == content
+
+
+def test_the_bundle_refuses_what_it_cannot_make(repository, tmp_path):
+    def bundle(*arguments):
+        command = [repository / "tools" / "gpu_bundle.sh", *map(str, arguments)]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        return ended.returncode, ended.stderr.strip().splitlines()[-1]
+
+    assert bundle() == (2, "gpu_bundle: a folder for the parts is needed")
+    assert bundle("--cifar100", tmp_path / "x.npz", tmp_path) == (
+        2,
+        f"gpu_bundle: --cifar100 {tmp_path / 'x.npz'}: no such file",
+    )
+    assert bundle("--lacks", "nosuch", tmp_path / "a") == (2, "gpu_bundle: --lacks nosuch: not in requirements.lock")
+    (tmp_path / "part1").mkdir()
+    assert "already holds parts" in bundle(tmp_path)[1]

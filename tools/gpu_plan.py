@@ -1,0 +1,288 @@
+#!/usr/bin/env python
+"""The stages of benchmarks/gpu.md, one run after another; tools/gpu_plan.sh starts it where everything is installed.
+
+    python tools/gpu_plan.py 2 --out results --work work            # needs a GPU
+    python tools/gpu_plan.py 2 --out results --work work --toy      # the same stages in small, on a CPU
+
+Each stage is a command with a time limit of its own; one that fails or hangs is reported, and the next one begins. What
+they print goes to stdout and, as a whole, to OUT/runN.md; their tables, and the JSON that they write, to OUT/runN.json,
+which is written again after every stage; what they say on stderr to OUT/runN.log. Ends with 1 where a stage failed.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+TOY_PATIENCE = 10  # times the limits of the real run
+SAFE_SHARE = 0.85  # of the time for training that epochs may take by the step's time: the rest is checkpoints and kNN
+
+
+class Stage(NamedTuple):
+    """A command with its time limit in seconds, and the JSON or JSON lines that it leaves behind, as glob patterns."""
+
+    title: str
+    command: list[str]
+    limit: int
+    leaves: tuple[str, ...] = ()
+
+
+Stages = Generator[Stage, dict, None]  # each stage's result comes back from its `yield`
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    for folder in (options.out, options.work):
+        folder.mkdir(parents=True, exist_ok=True)
+    place = options.out / f"run{options.run}"
+    found_machine = machine()
+    results: list[dict] = []
+    stages = {1: kernels, 2: steps, 3: training}[options.run](options)
+    with open(place.with_suffix(".md"), "w") as text, open(place.with_suffix(".log"), "wb") as log:
+
+        def show(words: str) -> None:
+            for file in (sys.stdout, text):
+                print(f"\n{words}", file=file, flush=True)
+
+        for stage in stages_with_results(stages, results):
+            if options.toy:  # which may be run where others work, too
+                stage = stage._replace(limit=TOY_PATIENCE * stage.limit)
+            result = perform(stage, log)
+            results.append(result)
+            show(f"## {stage.title}: {result['outcome']}, {result['seconds']:.0f} s of {stage.limit}\n")
+            show(f"    {result['command']}\n\n{result.pop('printed').strip()}")
+            document = {"run": options.run, "toy": options.toy, "machine": found_machine, "stages": results}
+            place.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
+        overview = [f"| {result['title']} | {result['outcome']} | {result['seconds']:.0f} |" for result in results]
+        show("\n".join(["| stage | outcome | seconds |", "|---|---|---|", *overview]))
+    return 1 if any(result["outcome"] != "done" for result in results) else 0
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=int, choices=[1, 2, 3])
+    parser.add_argument("--out", type=Path, required=True, help="for the results, three files a run")
+    parser.add_argument("--work", type=Path, required=True, help="for data and checkpoints")
+    parser.add_argument("--toy", action="store_true", help="in small, on any machine")
+    parser.add_argument("--minutes", type=float, default=5, help="that run 3 trains (default: 5)")
+    parser.add_argument("--cifar100", type=Path, metavar="NPZ", help="for run 3: x_train, y_train, x_test, y_test")
+    options = parser.parse_args(arguments)
+    options.out, options.work = options.out.resolve(), options.work.resolve()  # stages run in another folder
+    if options.run == 3 and not options.toy and (options.cifar100 is None or not options.cifar100.is_file()):
+        parser.error("run 3 needs --cifar100 FILE.npz (tools/gpu_bundle.sh --cifar100 brings it along)")
+    return options
+
+
+def kernels(options: argparse.Namespace) -> Stages:
+    """Run 1: the tests that need a GPU, kernels, loaders."""
+    tests = ["tests/data/test_augment.py"] if options.toy else ["tests", "--continue-on-collection-errors"]
+    yield Stage(
+        "tests that need a GPU",
+        python("-m", "pytest", "-q", "-m", "gpu and not slow", "-p", "no:cacheprovider", *tests),
+        180,
+    )
+    small = ["--shapes", "64,10,16", "--repeats", "1"] if options.toy else ["--device", "cuda"]
+    yield Stage("objectives", tool("bench_objectives", *small), 90)
+    settings = ["--config", "imagenet100-varcon", "batch.global_batch_size=64", "--sizes", "32", "224"]
+    settings += ["--classes", "100", "--policies", "simaugment", "byol"]
+    small = ["--policies", "crop_flip", "--sizes", "16", "--repeats", "1", "batch.global_batch_size=4"]
+    yield Stage("augmentation", tool("bench_augmentation", *(small if options.toy else settings)), 150)
+    settings = ["--count", "512", "--rounds", "3", "--cores", str(len(os.sched_getaffinity(0)))]
+    settings += ["--only", "ours", "torchvision", "ours-colour", "pil-colour", "decoding"]
+    small = [
+        "--images",
+        "cifar",
+        "--count",
+        "8",
+        "--batch-size",
+        "4",
+        "--rounds",
+        "1",
+        "--cores",
+        "1",
+        "--only",
+        "ours",
+    ]
+    yield Stage("loaders", tool("bench_loader", *(small if options.toy else settings)), 150)
+
+
+def steps(options: argparse.Namespace) -> Stages:
+    """Run 2: the training step beside others, then ours at several settings, then its profile."""
+    compared = ["ours", "ours-float32", "usual-amp", "usual-bf16", "lightly", "supervised"]
+    scale = ["--encoder", "resnet50", "--image-size", "224", "--batch", "256", "--rounds", "3", "--steps", "10"]
+    scale += ["--warm-up", "12", "--peak-tflops", "989"]
+    batches, zeros = "64,128,512", "zero1,zero2,zero3"
+    if options.toy:
+        compared = ["ours", "supervised"]
+        scale = ["--batch", "4", "--image-size", "16", "--stem", "imagenet", "--rounds", "1", "--steps", "1"]
+        scale += ["--warm-up", "1"]
+        batches, zeros = "8", "zero2"
+
+    def bench(title: str, limit: int, name: str, *arguments: str) -> Stage:
+        path = options.work / f"{name}.json"
+        arguments = (*scale, "--seconds", str(limit // 3), *arguments, "--json", str(path))  # a round more must fit
+        return Stage(title, tool("bench_train", *arguments), limit, (str(path),))
+
+    yield bench("step", 240, "step", "--only", *compared)
+    yield bench("batch sizes", 100, "batch", "--only", "ours", "--vary", f"batch.global_batch_size={batches}")
+    varied = ["--vary", f"deepspeed.config={zeros}", "--vary", "compute.channels_last=false"]
+    yield bench("ZeRO stages and layout", 110, "zero", "--only", "ours", *varied)
+    if "--profile" not in train_help():
+        return
+    data = options.work / "digits"
+    yield Stage("data for the profile", tool("convert_dataset", "digits", str(data), "--overwrite"), 40)
+    large = ["data.image_size=224", "encoder={name: resnet50, stem: imagenet}", "batch.global_batch_size=128"]
+    small = ["data.image_size=16", "batch.global_batch_size=8"]
+    command = python("varscale/train.py", "--config", "digits-varcon", "--profile", *(small if options.toy else large))
+    command += [f"data.dir={data}", "schedule.epochs=1", "schedule.warmup_epochs=0", "online_knn.every_epochs=0"]
+    yield Stage("profile", [*command, f"output_dir={fresh(options.work / 'profile')}", "logging.trackers=[]"], 100)
+
+
+def training(options: argparse.Namespace) -> Stages:
+    """Run 3: VarCon with ResNet-50 on CIFAR-100, as many of the recipe's epochs as fit, then what it has learned."""
+    from varscale.config import load_config
+    from varscale.data.dataset import read_dataset_info
+
+    recipe, batch = ("digits-varcon", 64) if options.toy else ("cifar100-varcon", 1024)
+    source = "digits" if options.toy else f"npz:{options.cifar100}"
+    data, run, measured = options.work / "data", fresh(options.work / "run"), options.work / "measured.json"
+    small = ["data.image_size=16", "data.crop_scale=[0.5,1.0]", "data.flip=0.0"] if options.toy else []
+    yield Stage("conversion", tool("convert_dataset", source, str(data), "--overwrite"), 90)
+    encoder = ["--encoder", "resnet18", "--stem", "imagenet"] if options.toy else ["--encoder", "resnet50"]
+    rounds = ["--rounds", "1", "--steps", "1", "--warm-up", "1"] if options.toy else ["--rounds", "2", "--steps", "5"]
+    bench = ["--config", recipe, *encoder, "--batch", str(batch), "--data", str(data), "--only", "ours", *rounds]
+    limit = f"batch.max_micro_batch_size={load_config(recipe).batch.max_micro_batch_size or 'null'}"
+    found = yield Stage(
+        "the time of a step", tool("bench_train", *bench, limit, *small, "--json", str(measured)), 90, (str(measured),)
+    )
+    step = next((row["step_seconds"] for left in found["left"] for row in left["rows"] if "step_seconds" in row), None)
+    if step is None or not (data / "dataset.json").is_file():
+        return  # reported as failed; without it the epochs that fit are not known
+    images = read_dataset_info(data).num_samples("train")
+    schedule = load_config(recipe).schedule
+    epochs = 2 if options.toy else epochs_that_fit(options.minutes, images // batch, step)
+    warm_up = schedule.warmup_epochs * epochs / schedule.epochs
+    settings = [f"schedule.epochs={epochs}", f"schedule.warmup_epochs={warm_up:g}", "logging.trackers=[]"]
+    settings += [f"online_knn.every_epochs={math.ceil(epochs / 4)}", "checkpoint.every_steps=1000000"]
+    settings += [f"safety.time_limit_minutes={options.minutes:g}", f"data.dir={data}", f"output_dir={run}", *small]
+    command = python("varscale/train.py", "--config", recipe, *settings)
+    yield Stage(f"training, {epochs} epochs", command, round(60 * options.minutes) + 60, (f"{run}/metrics.jsonl",))
+    evaluators = python("-m", "varscale.evaluate", "--checkpoint", str(run), "knn", "linear_cached")
+    yield Stage("evaluation", evaluators, 120, (f"{run}/evaluation/*.json",))
+
+
+def epochs_that_fit(minutes: float, steps_per_epoch: int, step_seconds: float) -> int:
+    """How many whole epochs fit into `SAFE_SHARE` of the time; at least one."""
+    return max(1, int(60 * minutes * SAFE_SHARE / (steps_per_epoch * step_seconds)))
+
+
+def train_help() -> str:
+    return subprocess.run(python("varscale/train.py", "--help"), cwd=ROOT, capture_output=True, text=True).stdout
+
+
+def python(*arguments: str) -> list[str]:
+    return [sys.executable, *arguments]
+
+
+def tool(name: str, *arguments: str) -> list[str]:
+    return python(f"tools/{name}.py", *arguments)
+
+
+def fresh(folder: Path) -> Path:
+    """A name under which there is nothing yet: this folder's, with a number."""
+    return next(path for n in range(1, 10**6) if not (path := folder.with_name(f"{folder.name}{n}")).exists())
+
+
+def stages_with_results(stages: Stages, results: list[dict]) -> Iterator[Stage]:
+    """The stages; each is sent the last result, which the caller appends before it asks for the next."""
+    with contextlib.suppress(StopIteration):
+        yield next(stages)
+        while True:
+            yield stages.send(results[-1])
+
+
+def perform(stage: Stage, log) -> dict:
+    """Run a stage, with all the processes that it starts, for its time limit at most."""
+    log.write(f"\n== {stage.title}: {shlex.join(stage.command)}\n".encode())
+    log.flush()
+    start, outcome = time.monotonic(), "done"
+    environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+    process = subprocess.Popen(
+        stage.command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=log, start_new_session=True
+    )
+    try:
+        printed, _ = process.communicate(timeout=stage.limit)
+    except subprocess.TimeoutExpired:
+        outcome = "FAILED: out of time"
+        os.killpg(process.pid, signal.SIGKILL)
+        printed, _ = process.communicate()
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    if process.returncode and outcome == "done":
+        outcome = f"FAILED with exit code {process.returncode}"
+    printed = printed.decode(errors="replace")
+    return {
+        "title": stage.title,
+        "command": shlex.join(["python", *stage.command[1:]]),
+        "outcome": outcome,
+        "exit_code": process.returncode,
+        "seconds": time.monotonic() - start,
+        "tables": tables(printed) or test_counts(printed),
+        "left": [content for pattern in stage.leaves for content in left_behind(Path(pattern))],
+        "printed": printed,
+    }
+
+
+def left_behind(pattern: Path) -> Iterator[object]:
+    """The contents of the JSON files that match; of JSON lines a list."""
+    for path in sorted(pattern.parent.glob(pattern.name)):
+        text = path.read_text()
+        yield [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
+
+
+def tables(text: str) -> list[list[dict[str, str]]]:
+    """The Markdown tables in a text: rows by the names of their columns."""
+    found, lines = [], text.splitlines()
+    for number, line in enumerate(lines):
+        if number and re.fullmatch(r"\|[-|: ]*---[-|: ]*", line.strip()):
+            heads, rows = _cells(lines[number - 1]), []
+            for row in lines[number + 1 :]:
+                if not row.startswith("|"):
+                    break
+                rows.append(dict(zip(heads, _cells(row), strict=False)))
+            found.append(rows)
+    return found
+
+
+def _cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip().strip("|").split("|")]
+
+
+def test_counts(text: str) -> list[list[dict[str, str]]]:
+    """One row of pytest's last line: how many passed, failed, were skipped."""
+    ends = re.findall(r"^=*\s*((?:\d+ [a-z]+,? ?)+)(?:in [\d.]+s.*)$", text, flags=re.MULTILINE)
+    return [[{what: number for number, what in re.findall(r"(\d+) ([a-z]+)", ends[-1])}]] if ends else []
+
+
+def machine() -> dict[str, str]:
+    """The device and the version of torch; asked in a process of its own, which leaves the device alone afterwards."""
+    code = "import torch as t; print(t.__version__, t.cuda.get_device_name() if t.cuda.is_available() else 'CPU')"
+    version, device = subprocess.check_output(python("-c", code), text=True).strip().split(" ", 1)
+    return {"device": device, "cores": str(len(os.sched_getaffinity(0))), "torch": version}
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the stage is ended, too
+    sys.exit(main())
