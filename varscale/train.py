@@ -177,7 +177,7 @@ def run(job: Job, checkpoint: Path | None, position: TrainState | None, ranks: "
     if position:  # what the checkpoint's meter holds stands in the metrics already, or belongs to steps undone
         state, meter = position, Meter()
     telemetry = Telemetry(job, total_steps, state, meter, ranks)
-    steps_from = open_steps(job, ranks, telemetry.throughput)
+    steps_from = open_steps(job, ranks, telemetry.throughput.waiting)
     bad_steps = BadSteps(config.safety, config.output_dir, learner.network, telemetry.warn)
     writer = CheckpointWriter(config.output_dir, config.checkpoint.keep, ranks, telemetry.warn)
     place = Place(ranks.device, ranks.rank, ranks.world_size)

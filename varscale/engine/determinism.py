@@ -12,7 +12,11 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 
 
 def use_deterministic_kernels(wanted: bool) -> None:
-    """Have CUDA add in a fixed order, slower; a kernel without such a form raises RuntimeError when it is called."""
+    """Have CUDA add in a fixed order, slower; a kernel without such a form raises RuntimeError when it is called.
+
+    Otherwise cuDNN tries its convolutions once for each shape, of which training has few, and takes the fastest.
+    """
     if wanted:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as cuBLAS asks for
+    torch.backends.cudnn.benchmark = not wanted
     torch.use_deterministic_algorithms(wanted)

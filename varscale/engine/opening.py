@@ -2,7 +2,7 @@
 
 import gc
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 
 import torch
 from deepspeed import DeepSpeedEngine
@@ -19,7 +19,6 @@ from varscale.engine.launch import Job
 from varscale.engine.learners import Learner, MicroBatch
 from varscale.engine.optimizers import build_optimizer
 from varscale.engine.phases import in_phase, phase
-from varscale.engine.throughput import Throughput
 from varscale.engine.zero import build_engine, partition_companion, partition_group
 
 STEPS_PER_COLLECTION = 50  # of garbage: the same steps on every rank
@@ -75,18 +74,18 @@ def free_memory() -> None:
 
 
 def open_steps(
-    job: Job, ranks: Ranks, throughput: Throughput
+    job: Job, ranks: Ranks, waiting: Callable[[], AbstractContextManager] = nullcontext
 ) -> Callable[[int, int], Generator[list[MicroBatch], None, None]]:
     """A function of an epoch and the number of a step in it: this rank's micro-batches in it and those behind.
 
-    The loader cuts their views from the images, the augmentation finishes them on the device. `throughput` is told of
-    waits for the loader.
+    The loader cuts their views from the images, the augmentation finishes them on the device. waiting: opened around
+    each wait for the loader.
     """
     config, sizes = job.config, job.sizes
     loader, augment = _open_views(job, ranks)
 
     def wait_for(batches: Iterator[Batch]) -> Batch:
-        with phase("data wait"), throughput.waiting():
+        with phase("data wait"), waiting():
             return next(batches)
 
     def steps(epoch: int, first: int) -> Generator[list[MicroBatch], None, None]:

@@ -19,6 +19,8 @@ def build_engine(network: nn.Module, optimizer: torch.optim.Optimizer, settings:
     """Hand network and optimizer to DeepSpeed; rank 0's parameters are broadcast, then partitioned by stage."""
     deepspeed_logger.setLevel(logging.WARNING)
     engine, *_ = deepspeed.initialize(model=network, optimizer=optimizer, config=settings)
+    if dist.get_world_size() == 1 and not zero_stage(settings):
+        engine.enable_backward_allreduce = False  # it would copy all gradients into one buffer, and back
     name_methods(engine, forward="forward", backward="backward")
     return engine
 
