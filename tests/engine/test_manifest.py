@@ -30,6 +30,7 @@ def test_every_start_is_listed(manifest):
         "data.workers=7",
         "batch.micro_batch_size=16",
         "checkpoint.keep=5",
+        "encoder={name: vit_s, patch_size: 4, activation_checkpointing: true}",
     ],
 )
 def test_what_may_change(manifest, override):

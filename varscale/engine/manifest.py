@@ -17,8 +17,16 @@ REVISION = "REVISION"  # in a snapshot of the code: the revision it was made fro
 
 # Sections and keys that may differ between a run and its continuation without changing what is computed.
 FREE = {"name", "output_dir", "deepspeed", "checkpoint", "safety", "logging", "online_knn"}
-FREE_KEYS = {"data.dir", "data.workers", "data.batches_ahead", "data.os_cache", "data.on_bad_sample"} | {
-    f"batch.{key}" for key in ("micro_batch_size", "gradient_accumulation_steps", "max_micro_batch_size")
+FREE_KEYS = {
+    "data.dir",
+    "data.workers",
+    "data.batches_ahead",
+    "data.os_cache",
+    "data.on_bad_sample",
+    "encoder.activation_checkpointing",
+    "batch.micro_batch_size",
+    "batch.gradient_accumulation_steps",
+    "batch.max_micro_batch_size",
 }
 
 
