@@ -81,8 +81,14 @@ def flatten(values: dict, prefix: str = "") -> dict[str, object]:
 
 def _versions() -> dict[str, str]:
     names = ("varscale", "torch", "torchvision", "deepspeed", "ffcv", "accelerate", "numpy", "numba")
-    installed = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
-    return {"python": platform.python_version()} | {name: installed.get(name, "not installed") for name in names}
+    return {"python": platform.python_version()} | {name: _version(name) for name in names}
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def git_revision() -> str | None:
