@@ -69,6 +69,11 @@ MISTAKES = [
     ("digits-varcon", ["encoder.name=vit_s", "encoder.stem=null"], "encoder.patch_size: vit_s needs one"),
     ("digits-varcon", ["encoder.name=vit_s", "encoder.stem=null", "encoder.patch_size=5"], "nearest: 4"),
     ("digits-varcon", ["encoder.patch_size=4"], "encoder.patch_size: resnet18 has no patches"),
+    (
+        "digits-varcon",
+        ["encoder.activation_checkpointing=true"],
+        "encoder.activation_checkpointing: resnet18 has no transformer blocks; leave it false or take a ViT",
+    ),
     ("digits-varcon", ["encoder.stem=null"], "encoder.stem: resnet18 needs one"),
     ("digits-varcon", ["objective.detach_centroids=false"], "choose objective.centroids=micro"),
     ("digits-varcon", ["schedule.epochs=8", "schedule.warmup_epochs=8"], "smaller than schedule.epochs"),

@@ -56,6 +56,17 @@ def test_a_rank_has_its_share_of_all_pairs(objective):
         assert found["pair logits"] == 3 * 2 * (3 * 64 // 4) * (3 * 64) * 128
 
 
+def test_checkpointed_blocks_run_forward_once_more():
+    vit = ["encoder={name: vit_ti, patch_size: 4}"]
+    _, sizes, learner, plain = flops("digits-varcon", *vit)
+    _, _, _, found = flops("digits-varcon", *vit, "encoder.activation_checkpointing=true")
+    views, tokens = 2 * sizes.micro_batch_size, 8 * 8 + 1
+    outside = 2 * (64 * 192 * 3 * 4 * 4 + 192 * 192 + 192 * 128)  # patches and head
+    not_again = 12 * 2 * tokens * 192 * 768  # each block's last product: nothing needs its result once more
+    assert found.pop("recomputation") == views * (forward_flops(learner.network, 32) - outside - not_again)
+    assert found == plain
+
+
 def test_plain_means_add_nothing():
     assert flops("digits-byol", "batch.gradient_accumulation_steps=2")[3].keys() == {"student", "teacher"}
     _, _, learner, found = flops("digits-cross_entropy", classes=7)

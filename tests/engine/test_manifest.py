@@ -36,6 +36,18 @@ def test_what_may_change(manifest, override):
     refuse_another_run(manifest, load_config("digits-varcon", [override]), "digest", "run")
 
 
+def test_whether_activations_are_kept_may_change(tmp_path):
+    vit = ["encoder={name: vit_s, patch_size: 4}"]
+    write_manifest(
+        load_config("digits-varcon", [*vit, f"output_dir={tmp_path}/run"]), {}, "digest", world_size=1, device="cpu"
+    )
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    now = load_config("digits-varcon", [*vit, "encoder.activation_checkpointing=true"])
+    refuse_another_run(manifest, now, "digest", "run")
+    del manifest["config"]["encoder"]["activation_checkpointing"]  # of a run that is older than this key
+    refuse_another_run(manifest, now, "digest", "run")
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

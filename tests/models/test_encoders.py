@@ -121,11 +121,60 @@ def test_channels_last_and_bfloat16_autocast(name: str, options: dict) -> None:
     assert similarity.min() > 0.98
 
 
+def kept_and_gradients(encoder: nn.Module, images: torch.Tensor) -> tuple[int, list[torch.Tensor]]:
+    """Bytes that autograd keeps for the backward pass, and the gradients of all parameters."""
+    parameters = {p.untyped_storage().data_ptr() for p in encoder.parameters()}
+    kept: dict[int, int] = {}
+
+    def count(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    torch.manual_seed(1)
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        features = encoder(images)
+    bytes_ = sum(kept.values())  # the backward pass may keep more, one block's at a time
+    features.float().square().sum().backward()
+    return bytes_, [p.grad for p in encoder.parameters()]
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_checkpointed_blocks_give_the_same_gradients_from_less_memory(precision: torch.dtype) -> None:
+    images, found = torch.randn(4, 3, 32, 32), []
+    for activation_checkpointing in (False, True):
+        torch.manual_seed(0)
+        encoder = build_encoder(
+            "vit_ti", image_size=32, patch_size=4, activation_checkpointing=activation_checkpointing
+        )
+        for module in encoder.modules():  # which must draw the same numbers when a block is computed again
+            if isinstance(module, nn.Dropout):
+                module.p = 0.1
+        with torch.autocast("cpu", precision, enabled=precision == torch.bfloat16):
+            found.append((list(encoder.state_dict()), *kept_and_gradients(encoder, images)))
+    (keys, whole, expected), (same_keys, less, gradients) = found
+    assert same_keys == keys
+    assert less < whole / 8
+    assert all(map(torch.equal, gradients, expected))
+
+
+def test_without_gradients_nothing_is_checkpointed(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = build_encoder("vit_ti", image_size=32, patch_size=8, activation_checkpointing=True)
+    monkeypatch.setattr("varscale.models.encoders.checkpoint", None)
+    with torch.no_grad():
+        encoder(torch.zeros(1, 3, 32, 32))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"name": "resnet5", "image_size": 32}, "nearest: resnet50"),
         ({"name": "resnet18", "image_size": 32, "patch_size": 4}, "resnet18 has no patches"),
+        (
+            {"name": "resnet18", "image_size": 32, "activation_checkpointing": True},
+            "activation_checkpointing: resnet18 has no transformer blocks",
+        ),
         ({"name": "resnet18", "image_size": 32, "stem": "cifa"}, "'cifa', expected 'imagenet' or 'cifar'"),
         ({"name": "vit_s", "image_size": 32, "stem": "cifar", "patch_size": 4}, "vit_s has no stem"),
         ({"name": "vit_s", "image_size": 32}, "vit_s needs one"),

@@ -56,6 +56,7 @@ class EncoderConfig(Section):
     stem: Literal["imagenet", "cifar"] | None = None
     patch_size: PositiveInt | None = None
     sync_batch_norm: bool = True
+    activation_checkpointing: bool = False  # of ViTs: forget what blocks compute and do it again, for less memory
 
     @property
     def is_vit(self) -> bool:
@@ -74,6 +75,10 @@ class EncoderConfig(Section):
             raise ValueError(f"encoder.stem: {self.name} needs one: cifar for small images, imagenet for large ones")
         elif self.patch_size is not None:
             raise ValueError(f"encoder.patch_size: {self.name} has no patches; set it to null or take a ViT")
+        elif self.activation_checkpointing:
+            raise ValueError(
+                f"encoder.activation_checkpointing: {self.name} has no transformer blocks; leave it false or take a ViT"
+            )
         return self
 
 

@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from varscale.config import BatchSizes, Config
 from varscale.engine.learners import Learner
+from varscale.models.encoders import CheckpointedBlocks
 
 
 def step_flops(config: Config, sizes: BatchSizes, learner: Learner) -> dict[str, int]:
@@ -21,6 +22,8 @@ def step_flops(config: Config, sizes: BatchSizes, learner: Learner) -> dict[str,
     images = sizes.micro_batch_size * sizes.gradient_accumulation_steps
     views = {size: images * count for size, count in config.data.views_by_size.items()}
     flops = {"student": sum(count * training_flops(learner.network, size) for size, count in views.items())}
+    if config.encoder.activation_checkpointing:
+        flops["recomputation"] = sum(count * recomputed_flops(learner.network, size) for size, count in views.items())
     if learner.needs_first_pass(sizes.gradient_accumulation_steps):
         flops["first pass"] = sum(count * forward_flops(learner.network, size) for size, count in views.items())
     for name, companion in learner.companions().items():
@@ -36,9 +39,22 @@ def forward_flops(network: nn.Module, image_size: int) -> int:
 
 
 def training_flops(network: nn.Module, image_size: int) -> int:
-    """Operations of a forward and a backward pass of one view."""
+    """Operations of a forward and a backward pass of one view, without what activation checkpointing computes twice."""
+    stand_in = _stand_in(network)
+    for module in stand_in.modules():
+        if isinstance(module, CheckpointedBlocks):
+            module.enabled = False
+    return _training_flops(stand_in, image_size)
+
+
+def recomputed_flops(network: nn.Module, image_size: int) -> int:
+    """Operations that activation checkpointing adds in the backward pass of one view."""
+    return _training_flops(_stand_in(network), image_size) - training_flops(network, image_size)
+
+
+def _training_flops(stand_in: nn.Module, image_size: int) -> int:
     with FlopCounterMode(display=False) as counter:
-        output = _stand_in(network)(_view(image_size))
+        output = stand_in(_view(image_size))
         parts = output if isinstance(output, tuple) else (output,)
         sum(part.sum() for part in parts).backward()
     return counter.get_total_flops()

@@ -18,8 +18,16 @@ REVISION = "REVISION"  # in a snapshot of the code: the revision it was made fro
 
 # Sections and keys that may differ between a run and its continuation without changing what is computed.
 FREE = {"name", "output_dir", "deepspeed", "checkpoint", "safety", "logging", "online_knn"}
-FREE_KEYS = {"data.dir", "data.workers", "data.batches_ahead", "data.os_cache", "data.on_bad_sample"} | {
-    f"batch.{key}" for key in ("micro_batch_size", "gradient_accumulation_steps", "max_micro_batch_size")
+FREE_KEYS = {
+    "data.dir",
+    "data.workers",
+    "data.batches_ahead",
+    "data.os_cache",
+    "data.on_bad_sample",
+    "encoder.activation_checkpointing",
+    "batch.micro_batch_size",
+    "batch.gradient_accumulation_steps",
+    "batch.max_micro_batch_size",
 }
 
 
@@ -76,8 +84,14 @@ def flatten(values: dict, prefix: str = "") -> dict[str, object]:
 
 def _versions() -> dict[str, str]:
     names = ("varscale", "torch", "torchvision", "deepspeed", "ffcv", "accelerate", "numpy", "numba")
-    installed = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
-    return {"python": platform.python_version()} | {name: installed.get(name, "not installed") for name in names}
+    return {"python": platform.python_version()} | {name: _version(name) for name in names}
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def git_revision() -> str | None:

@@ -1,10 +1,13 @@
 """The encoders: torchvision's ResNets and vision transformers without their classifiers."""
 
 import difflib
+from collections import OrderedDict
 from typing import Literal, NamedTuple
 
+import torch
 import torchvision.models
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from varscale.models.convolution import convert_convolutions
 from varscale.models.norm import convert_batch_norm
@@ -36,6 +39,24 @@ VITS = {
 ENCODERS = (*_RESNETS, *VITS)
 
 
+class CheckpointedBlocks(nn.Sequential):
+    """Transformer blocks one after the other, of whose activations only each block's input is kept for the backward
+    pass, which computes the rest again; without gradients they are plain blocks.
+
+    torch's checkpointing, without re-entry, and not DeepSpeed's: that one is made for tensor parallelism, with global
+    settings and random numbers of its own, and by default runs a backward pass inside the backward pass. Dropout draws
+    the same numbers both times, and autocast is as it was.
+    """
+
+    enabled = True
+
+    def forward(self, input: Tensor) -> Tensor:
+        again = self.enabled and torch.is_grad_enabled()
+        for block in self:
+            input = checkpoint(block, input, use_reentrant=False) if again else block(input)
+        return input
+
+
 def build_encoder(
     name: str,
     *,
@@ -43,6 +64,7 @@ def build_encoder(
     image_size: int,
     patch_size: int | None = None,
     sync_batch_norm: bool = True,
+    activation_checkpointing: bool = False,
 ) -> nn.Module:
     """A freshly initialised encoder: `forward(images (N, 3, image_size, image_size)) -> features (N, feature_dim)`.
 
@@ -53,17 +75,22 @@ def build_encoder(
     stem: for ResNets; "cifar" is a 3x3 convolution of stride 1 and no max-pooling, as for images of 32 pixels.
     patch_size: for ViTs, in pixels; it must divide image_size.
     sync_batch_norm: batch statistics over all ranks (`SyncBatchNorm`); ViTs have no batch normalisation.
+    activation_checkpointing: for ViTs (`CheckpointedBlocks`).
 
-    Raises ValueError for an unknown name and for a stem or patch size that does not fit the encoder.
+    Raises ValueError for an unknown name and for a stem, patch size or checkpointing that does not fit the encoder.
     """
     if name in _RESNETS:
         if patch_size is not None:
             raise ValueError(f"patch_size is {patch_size}, but {name} has no patches")
+        if activation_checkpointing:
+            raise ValueError(f"activation_checkpointing: {name} has no transformer blocks")
         encoder = _build_resnet(name, stem)
     elif name in VITS:
         if stem != "imagenet":
             raise ValueError(f"stem is {stem!r}, but {name} has no stem; choose its patch_size instead")
         encoder = _build_vit(name, image_size, patch_size)
+        if activation_checkpointing:
+            encoder.encoder.layers = CheckpointedBlocks(OrderedDict(encoder.encoder.layers.named_children()))
     else:
         nearest = difflib.get_close_matches(name, ENCODERS, 1, 0)[0]
         raise ValueError(f"name: {name!r} is none of {', '.join(ENCODERS)}; nearest: {nearest}")

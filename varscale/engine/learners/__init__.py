@@ -39,6 +39,7 @@ def build_learner(config: Config, num_classes: int, total_steps: int, device: to
         image_size=config.data.image_size,
         patch_size=config.encoder.patch_size,
         sync_batch_norm=config.encoder.sync_batch_norm,
+        activation_checkpointing=config.encoder.activation_checkpointing,
     )
     learner = BUILDERS[config.objective.name](encoder, config, num_classes, total_steps)
     for module in (learner.network, *learner.companions().values()):
