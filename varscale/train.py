@@ -230,12 +230,13 @@ def take_step(
     bad_steps: "BadSteps | None" = None,
 ) -> "tuple[list[Terms], Tensor]":
     """One optimizer step over all micro-batches: the terms of each, and the gradient's norm, both on the device."""
+    from varscale.engine.phases import in_phase
     from varscale.engine.zero import step_with_gradient_norm
 
-    learner.before_step(engine, micro_batches)
+    in_phase("loss")(learner.before_step)(engine, micro_batches)  # less what the forward passes inside take
     terms = []
     for number, batch in enumerate(micro_batches, start=1):
-        loss, parts = learner.loss(engine, batch)
+        loss, parts = in_phase("loss")(learner.loss)(engine, batch)
         if bad_steps is not None:
             loss, parts = bad_steps.mark(loss, parts)
         engine.backward(loss)  # DeepSpeed divides by the number of micro-batches and averages over ranks

@@ -24,8 +24,11 @@ def plan(digits):
 
 def test_partitioned_memory_is_a_share(plan):
     (whole, _), (shared, _) = plan("zero0", 4), plan("zero3", 4)
-    for name in ("parameters", "gradients", "teacher"):
+    for name in ("parameters", "teacher"):
         assert float(shared[name][0]) == pytest.approx(float(whole[name][0]) / 4, abs=1e-3)
+    for memory in (whole, shared):
+        parts = [float(memory[name][0]) for name in memory if name not in ("peak", "loader")]
+        assert float(memory["peak"][0]) == pytest.approx(sum(parts), abs=5e-3)
 
 
 def test_the_loaders_memory_is_named(plan):

@@ -78,8 +78,12 @@ def open_steps(
 ) -> Callable[[int, int], Generator[list[MicroBatch], None, None]]:
     """A function of an epoch and the number of a step in it: this rank's micro-batches in it and those behind.
 
-    The loader cuts their views from the images, the augmentation finishes them on the device. waiting: opened around
-    each wait for the loader.
+    The loader cuts their views from the images, the augmentation finishes them on the device. All views of a step are
+    there at once, for exact accumulation needs them twice: at 4096 images on one GPU, two views of 224 pixels in
+    bfloat16, 2.3 GiB, which `--dry-run` shows. Kept in uint8 and augmented twice they would be 1.1 GiB: a gigabyte less
+    on a card of 80, for a second augmentation of every view.
+
+    waiting: opened around each wait for the loader.
     """
     config, sizes = job.config, job.sizes
     loader, augment = _open_views(job, ranks)

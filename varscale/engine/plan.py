@@ -2,18 +2,20 @@
 
 import json
 import os
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from varscale.config import BatchSizes, Config, to_yaml, zero_stage
+from varscale.config import BatchSizes, Config, to_yaml
 from varscale.data.dataset import read_dataset_info
 from varscale.data.sampling import steps_per_epoch
 from varscale.errors import UserError
 
+if TYPE_CHECKING:
+    from varscale.engine.learners import Learner
+
 GIB, MIB = 2**30, 2**20
-STATES = {"sgd": 1, "lars": 1, "adamw": 2}  # float32 tensors an optimizer keeps per parameter
-PROBE = 2  # images whose activations are counted
 
 
 def describe(config: Config, sizes: BatchSizes, deepspeed: dict) -> str:
@@ -33,7 +35,7 @@ def describe(config: Config, sizes: BatchSizes, deepspeed: dict) -> str:
         ),
         "length": _length(config, sizes),
         "parameters": _parameters(learner.network),
-        "memory per rank (estimate)": _memory(config, sizes, zero_stage(deepspeed), learner),
+        "memory per rank (estimate)": _memory(config, sizes, deepspeed, learner),
     }
     if sizes.world_size > 1 and is_converted:
         sections["messages per rank and step"] = _messages(config, sizes, deepspeed, learner)
@@ -62,24 +64,13 @@ def _parameters(network: nn.Module) -> str:
     return f"{sum(counts.values()):,} ({parts})"
 
 
-def _memory(config: Config, sizes: BatchSizes, stage: int, learner) -> str:
-    """Float32 parameters, gradients and optimizer state as the ZeRO stage shares them, and counted activations."""
-    ranks = sizes.world_size
-    count = sum(p.numel() for p in learner.network.parameters())
-    teacher = sum(p.numel() for module in learner.companions().values() for p in module.parameters())
-    activations = _activation_bytes(config, learner) * sizes.micro_batch_size / PROBE
-    view_pixels = sum(count * size**2 for size, count in config.data.views_by_size.items())
-    pixels = sizes.micro_batch_size * sizes.gradient_accumulation_steps * view_pixels
-    parts = {
-        "parameters": 4 * count / (ranks if stage >= 3 else 1),
-        "gradients": 4 * count / (ranks if stage >= 2 else 1),
-        "optimizer": 4 * count * (STATES[config.optimizer.name] + (stage >= 1)) / (ranks if stage >= 1 else 1),
-        "teacher": 4 * teacher / (ranks if stage >= 3 else 1),
-        "activations": activations,
-        "views": 3 * (2 if config.compute.precision == "bfloat16" else 4) * pixels,
-    }
-    lines = [f"{name:<12} {size / GIB:8.3f} GiB" for name, size in parts.items() if size]
-    lines.append(f"{'sum':<12} {sum(parts.values()) / GIB:8.3f} GiB")
+def _memory(config: Config, sizes: BatchSizes, deepspeed: dict, learner: "Learner") -> str:
+    """What a rank's tensors take at the peak of a step, by what they are for; see `memory_estimate`."""
+    from varscale.engine.memory_estimate import memory_estimate
+
+    parts = memory_estimate(config, sizes, deepspeed, learner)
+    lines = [f"{name:<12} {size / GIB:8.3f} GiB" for name, size in parts.items()]
+    lines.append(f"{'peak':<12} {sum(parts.values()) / GIB:8.3f} GiB, and what CUDA and its libraries take")
     return "\n".join([*lines, *_loader_memory(config, sizes)])
 
 
@@ -105,29 +96,10 @@ def _loader_memory(config: Config, sizes: BatchSizes) -> list[str]:
     return [f"{'loader':<12} {size / GIB:8.3f} GiB of the host's: {what}"]
 
 
-def _messages(config: Config, sizes: BatchSizes, deepspeed: dict, learner) -> str:
+def _messages(config: Config, sizes: BatchSizes, deepspeed: dict, learner: "Learner") -> str:
     from varscale.engine.traffic import step_traffic
 
     messages = step_traffic(config, sizes, deepspeed, learner)
     lines = [f"{m.purpose:<16} {m.collective:<22} {m.bytes / MIB:10.3f} MiB" for m in messages]
     sent = sum(message.sent(sizes.world_size) for message in messages)
     return "\n".join([*lines, f"a rank sends {sent / MIB:.3f} MiB where collectives run as rings"])
-
-
-def _activation_bytes(config: Config, learner) -> float:
-    """Bytes that autograd keeps for the views of `PROBE` images, each storage counted once."""
-    parameters = {p.untyped_storage().data_ptr() for p in learner.network.parameters()}
-    kept: dict[int, int] = {}
-
-    def count(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    views = [torch.zeros(PROBE * count, 3, size, size) for size, count in config.data.views_by_size.items()]
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=config.compute.precision == "bfloat16")
-    with autocast, torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        output = learner.network(*views)
-    del output
-    return sum(kept.values())

@@ -111,7 +111,9 @@ class Throughput:
             # The learner that is trained may be partitioned; this one takes no memory.
             with torch.random.fork_rng(devices=[]), torch.device("meta"):
                 learner = build_learner(config, job.data.info.num_classes, 1, torch.device("meta"))
-            return sum(step_flops(config, job.sizes, learner).values())
+            flops = step_flops(config, job.sizes, learner)
+            flops.pop("recomputation", None)  # work that gets a step no further
+            return sum(flops.values())
 
         views = images * sum(config.data.views_by_size.values())
         clock = DeviceClock() if ranks.device.type == "cuda" else HostClock()

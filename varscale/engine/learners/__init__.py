@@ -13,7 +13,6 @@ from varscale.engine.learners.mocov3 import build_mocov3
 from varscale.engine.learners.pairwise import build_simclr, build_supcon
 from varscale.engine.learners.varcon import VarConLearner, build_varcon
 from varscale.engine.learners.vssl import build_vssl
-from varscale.engine.phases import name_methods
 from varscale.models.encoders import build_encoder
 
 __all__ = ["Forward", "Learner", "MicroBatch", "Shown", "Terms", "VarConLearner", "build_learner"]
@@ -44,5 +43,4 @@ def build_learner(config: Config, num_classes: int, total_steps: int, device: to
     learner = BUILDERS[config.objective.name](encoder, config, num_classes, total_steps)
     for module in (learner.network, *learner.companions().values()):
         module.to(device)
-    name_methods(learner, before_step="loss", loss="loss")  # what the forward passes inside leave of them
     return learner
