@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 RUN = [
     "data.image_size=16",
@@ -43,6 +44,7 @@ def places(digits, repository, tmp_path):
     return run
 
 
+@pytest.mark.gpu  # where it watches more, and otherwise everywhere
 @pytest.mark.parametrize(
     ("recipe", "overrides"),
     [
@@ -58,5 +60,6 @@ def test_only_finished_steps_are_read(places, recipe, overrides):
     assert found.count("taken.py:looks_bad") == found.count("distributed.py:greatest") == steps
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the watched run ends where it waits")
 def test_to_skip_bad_steps_is_to_wait_and_the_watcher_sees_it(places):
     assert "zero.py:step_with_gradient_norm" in places("digits-varcon", "safety.bad_step=skip")

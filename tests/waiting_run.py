@@ -2,7 +2,8 @@
 
     python waiting_run.py FIRST LAST REPORT arguments of train.py ...
 
-The steps FIRST to LAST are watched, from handing out one to handing out the one behind the last.
+The steps FIRST to LAST are watched, from handing out one to handing out the one behind the last. On a GPU whatever
+waits for it without being asked to is an error then.
 """
 
 import json
@@ -61,6 +62,8 @@ def main() -> int:
         nonlocal steps
         steps += 1
         watcher.watching = int(first) <= steps <= int(last)
+        if torch.cuda.is_available():
+            torch.cuda.set_sync_debug_mode("error" if watcher.watching else "default")
         return take_step(*given)
 
     train.take_step = watched
