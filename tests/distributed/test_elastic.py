@@ -51,7 +51,7 @@ def checkpoints(digits, tmp_path_factory):
         overrides = [f"data.dir={digits}", *OVERRIDES, f"deepspeed.config={zero}"]
         run = Run(tmp_path_factory.mktemp("elastic") / zero, "digits-vssl", overrides, ranks)
         run.start()
-        run.wait_for_end(75)  # the time limit, after a step
+        run.wait_for_end(75)  # the time limit, after two steps
         runs.append(run.place)
     return [(run / "checkpoints" / "latest").resolve() for run in runs]
 
@@ -62,7 +62,7 @@ def test_what_is_restored_is_what_was_saved(run_ranks, checkpoints, tmp_path, wo
     assert all(not any(parts.values()) for rank in others for parts, _ in rank.values()), "rank 0 alone needs copies"
     assert len(first) == len(SOURCES) * len(TARGETS[world_size])
     for (checkpoint, zero), (parts, state) in first.items():
-        assert (state["step"], state["samples_seen"]) == (1, 32)
+        assert (state["step"], state["samples_seen"]) == (2, 64)
         assert parts.keys() == {"model", "optimizer", "teacher", "meter"}
         for part in ("model", "optimizer", "teacher"):
             expected = load_file(f"{checkpoint}/{part}.safetensors")
