@@ -122,31 +122,30 @@ def steps(options: argparse.Namespace) -> Stages:
     compared = ["ours", "ours-float32", "usual-amp", "usual-bf16", "lightly", "supervised"]
     scale = ["--encoder", "resnet50", "--image-size", "224", "--batch", "256", "--rounds", "3", "--steps", "10"]
     scale += ["--warm-up", "12", "--peak-tflops", "989"]
-    batches, zeros = "64,128,512", "zero1,zero2,zero3"
+    batches, zeros, compiled = "64,128,512", "zero1,zero2,zero3", "true"
     if options.toy:
         compared = ["ours", "supervised"]
         scale = ["--batch", "4", "--image-size", "16", "--stem", "imagenet", "--rounds", "1", "--steps", "1"]
         scale += ["--warm-up", "1"]
-        batches, zeros = "8", "zero2"
+        batches, zeros, compiled = "8", "zero2", "false"  # a CPU would compile for minutes
 
     def bench(title: str, limit: int, name: str, *arguments: str) -> Stage:
         path = options.work / f"{name}.json"
         arguments = (*scale, "--seconds", str(limit // 3), *arguments, "--json", str(path))  # a round more must fit
         return Stage(title, tool("bench_train", *arguments), limit, (str(path),))
 
-    yield bench("step", 240, "step", "--only", *compared)
-    yield bench("batch sizes", 100, "batch", "--only", "ours", "--vary", f"batch.global_batch_size={batches}")
+    yield bench("step", 200, "step", "--only", *compared)
+    yield bench("compiled", 130, "compiled", "--only", "ours", "--vary", f"compute.compile={compiled}")
+    yield bench("batch sizes", 80, "batch", "--only", "ours", "--vary", f"batch.global_batch_size={batches}")
     varied = ["--vary", f"deepspeed.config={zeros}", "--vary", "compute.channels_last=false"]
-    yield bench("ZeRO stages and layout", 110, "zero", "--only", "ours", *varied)
-    if "--profile" not in train_help():
-        return
+    yield bench("ZeRO stages and layout", 80, "zero", "--only", "ours", *varied)
     data = options.work / "digits"
-    yield Stage("data for the profile", tool("convert_dataset", "digits", str(data), "--overwrite"), 40)
+    yield Stage("data for the profile", tool("convert_dataset", "digits", str(data), "--overwrite"), 30)
     large = ["data.image_size=224", "encoder={name: resnet50, stem: imagenet}", "batch.global_batch_size=128"]
     small = ["data.image_size=16", "batch.global_batch_size=8"]
     command = python("varscale/train.py", "--config", "digits-varcon", "--profile", *(small if options.toy else large))
     command += [f"data.dir={data}", "schedule.epochs=1", "schedule.warmup_epochs=0", "online_knn.every_epochs=0"]
-    yield Stage("profile", [*command, f"output_dir={fresh(options.work / 'profile')}", "logging.trackers=[]"], 100)
+    yield Stage("profile", [*command, f"output_dir={fresh(options.work / 'profile')}", "logging.trackers=[]"], 80)
 
 
 def training(options: argparse.Namespace) -> Stages:
@@ -185,10 +184,6 @@ def training(options: argparse.Namespace) -> Stages:
 def epochs_that_fit(minutes: float, steps_per_epoch: int, step_seconds: float) -> int:
     """How many whole epochs fit into `SAFE_SHARE` of the time; at least one."""
     return max(1, int(60 * minutes * SAFE_SHARE / (steps_per_epoch * step_seconds)))
-
-
-def train_help() -> str:
-    return subprocess.run(python("varscale/train.py", "--help"), cwd=ROOT, capture_output=True, text=True).stdout
 
 
 def python(*arguments: str) -> list[str]:
