@@ -106,9 +106,9 @@ def test_half_precision_reaches_the_encoder(run, monkeypatch):
     seen = set()
     forward = torch.nn.functional.conv2d
 
-    def watched(*arguments):
+    def watched(*arguments, **options):
         seen.add(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32)
-        return forward(*arguments)
+        return forward(*arguments, **options)
 
     monkeypatch.setattr(torch.nn.functional, "conv2d", watched)
     assert main(["--checkpoint", str(run), "knn", "--precision", "bfloat16"]) == 0
