@@ -100,9 +100,10 @@ def test_a_failed_rank_is_named_with_its_traceback_within_seconds(held, submit_p
     """The snapshot runs, not the checkout: the error is put into the former."""
     code = held.submission.folder / "code" / "varscale" / "train.py"
     text = code.read_text()
-    assert text.count("    learner.before_step(") == 1
-    failing = "    if engine.global_rank == 1: raise RuntimeError('the camel is broken')\n    learner.before_step("
-    code.write_text(text.replace("    learner.before_step(", failing))
+    place = "    terms = []\n"  # in take_step
+    assert text.count(place) == 1
+    failing = f"    if engine.global_rank == 1: raise RuntimeError('the camel is broken')\n{place}"
+    code.write_text(text.replace(place, failing))
     cluster.ask("scontrol", "release", held.name)
     exit_code, seen = follow(held.run)
     assert exit_code == 1
