@@ -49,7 +49,7 @@ def test_the_first_signal_is_a_wish_and_a_second_ends_at_once(number, code):
     assert process.wait(30) == code
 
 
-def test_ctrl_c_interrupts_at_once_until_it_is_deferred():
+def test_ctrl_c_interrupts_at_once_until_it_is_deferred(ctrl_c_interrupts):
     process = start("""
         import ctypes
         while True:
