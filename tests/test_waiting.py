@@ -50,7 +50,7 @@ def places(digits, repository, tmp_path):
     [
         ("digits-varcon", ["batch.gradient_accumulation_steps=2"]),
         ("digits-vssl", []),
-        ("digits-mocov3", ["batch.gradient_accumulation_steps=2"]),
+        pytest.param("digits-mocov3", ["batch.gradient_accumulation_steps=2"], marks=pytest.mark.slow),
     ],
 )
 def test_only_finished_steps_are_read(places, recipe, overrides):
