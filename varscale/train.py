@@ -187,7 +187,7 @@ def run(job: Job, checkpoint: Path | None, position: TrainState | None, ranks: "
 
     @telemetry.aside("checkpoint")
     def save() -> None:
-        outcomes.settle()
+        outcomes.settle_to_save()
         telemetry.sync()
         writer.write(state.step, resume.collect(engine, learner, meter), state.to_dict())
 

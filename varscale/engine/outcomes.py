@@ -21,7 +21,7 @@ class Outcomes:
     """Settles steps in their order: whether one was bad, what it showed, and what the ranks want next.
 
     One step may be open while the device takes it; none where bad steps are skipped, for then the next one must not
-    begin before it is known. Whoever saves, measures or ends calls `settle` first.
+    begin before it is known. Whoever saves, measures or ends calls `settle_to_save` first.
 
     reason: why all ranks shall stop, 0 if there is no reason. retry_is_due: a checkpoint shall be tried again.
     """
@@ -62,9 +62,13 @@ class Outcomes:
 
         Raises BadStepError or Rewind where one went wrong and is not skipped.
         """
-        self.retry_is_due = False
         while len(self.open) > leave_open:
             self._settle(self.open.popleft())
+
+    def settle_to_save(self) -> None:
+        """Settle all steps for a checkpoint, which is then the one that was to be tried again. Raises as `settle`."""
+        self.settle()
+        self.retry_is_due = False
 
     def finish(self) -> int:
         """Wait for the last checkpoint. Why all ranks end: `reason`, UNSAVED, or 0 where all is done. A collective."""
