@@ -72,6 +72,7 @@ def parse_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, li
     parser.add_argument("--scale", choices=("smoke", "cifar", "imagenet"), default="smoke")
     parser.add_argument("--data", type=Path, metavar="DIR", help="a converted data set (default: the scale's)")
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="repeat every run with seeds 0 to N - 1")
+    parser.add_argument("--only", nargs="+", metavar="LABEL", help="these of its runs, by their names in the table")
     parser.add_argument("--out", type=Path, default=Path("runs/experiments"), metavar="DIR")
     parser.add_argument("--set", nargs="+", default=[], metavar="key=value", help="overrides of every run")
     parser.add_argument("--submit", action="store_true", help="to Slurm, as a job array; more options go to submit.py")
@@ -100,7 +101,11 @@ def chosen(experiments: dict[str, dict], name: str) -> dict:
 def plan(experiment: dict, scale: dict, options: argparse.Namespace) -> list[Trial]:
     """All runs of an experiment, each with its whole configuration checked. Raises UserError for a bad one."""
     trials = []
-    for label, overrides in variants(experiment, options.scale).items():
+    of_all = variants(experiment, options.scale)
+    if unknown := set(options.only or ()) - of_all.keys():
+        raise UserError(f"--only: no run is called {' or '.join(sorted(unknown))}; choose from {', '.join(of_all)}")
+    for label in options.only or of_all:
+        overrides = of_all[label]
         objective = next((text.partition("=")[2] for text in overrides if text.startswith("objective=")), None)
         recipe = scale["recipe"].format(objective=objective or experiment["objective"])
         own = [text for text in overrides if not text.startswith("objective=")]

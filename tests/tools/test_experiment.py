@@ -20,7 +20,7 @@ def lists(experiment):
 
 
 def options(**changes):
-    given = {"name": "x", "scale": "smoke", "data": None, "seeds": 1, "out": Path("runs"), "set": []}
+    given = {"name": "x", "scale": "smoke", "data": None, "seeds": 1, "only": None, "out": Path("runs"), "set": []}
     return argparse.Namespace(**given | changes)
 
 
@@ -59,6 +59,7 @@ def test_interval_is_students(experiment):
         (["temprature"], "unknown experiment 'temprature'"),
         (["temprature"], "nearest: temperature"),
         (["batch-size", "--scale", "imagenet"], "no runs at --scale imagenet; choose from smoke, cifar"),
+        (["epsilon", "--only", "0.02", "0.3"], "--only: no run is called 0.3; choose from 0.0, 0.01, 0.02, 0.05, 0.09"),
         (["epsilon", "--set", "optimizer.lrr=1"], "unknown key 'optimizer.lrr'; nearest: optimizer.lr"),
     ],
 )
@@ -99,15 +100,16 @@ def test_an_experiment_is_run_measured_and_shown_and_given_again_only_shown(expe
     settings = ["data.image_size=16", "data.workers=1", "schedule.epochs=1", "compute.precision=float32"]
     settings += ["schedule.warmup_epochs=0", "batch.global_batch_size=64", "online_knn.every_epochs=0"]
     settings += ["objective.latent_dim=16", "objective.projector_hidden=32", "objective.predictor_hidden=32"]
-    arguments = ["vssl-distance", "--data", str(digits), "--out", str(tmp_path), "--set", *settings]
+    of_two = ["vssl", "--only", "VSSL", "Euclidean distance"]
+    arguments = [*of_two, "--data", str(digits), "--out", str(tmp_path), "--set", *settings]
     assert experiment.main(arguments) == 0
-    folder = tmp_path / "vssl-distance-smoke"
+    folder = tmp_path / "vssl-smoke"
     assert (folder / "plot.png").read_bytes().startswith(b"\x89PNG")
     rows = [line for line in (folder / "table.md").read_text().splitlines() if line.startswith("| ")]
-    assert [row.split("|")[1].strip() for row in rows] == ["", "cosine", "euclidean"]
-    for label, row in zip(("cosine", "euclidean"), rows[1:], strict=True):
-        run = folder / f"{label}-seed0"
-        assert json.loads((run / "manifest.json").read_text())["config"]["objective"]["distance"] == label
+    assert [row.split("|")[1].strip() for row in rows] == ["", "VSSL", "Euclidean distance"]
+    for label, distance, row in zip(("VSSL", "Euclidean distance"), ("cosine", "euclidean"), rows[1:], strict=True):
+        run = folder / f"{label.replace(' ', '_')}-seed0"
+        assert json.loads((run / "manifest.json").read_text())["config"]["objective"]["distance"] == distance
         found = experiment.results(run)
         expected = [found["knn"]["top1_k20"], found["linear_cached"]["top1"]]
         assert row == f"| {label} | " + " | ".join(f"{value:.2f}" for value in expected) + " |"
