@@ -18,6 +18,14 @@ import varscale  # noqa: F401 -- before torch: it sets how OpenMP waits
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """With several workers, the tests of a file go to one, for what they share, and so do all that need a Slurm."""
+    for item in items:
+        file = item.path.relative_to(REPOSITORY)
+        item.add_marker(pytest.mark.xdist_group("slurm" if "slurm" in file.parts else str(file)))
+
+
 @pytest.fixture(scope="session")
 def repository() -> Path:
     return REPOSITORY

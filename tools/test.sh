@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Sets up, then runs the linters, the layering contracts and the whole test suite; arguments go to pytest.
+# Sets up, then runs the linters, the layering contracts and the whole test suite, two files at a time: many a test waits
+# more than it computes. Arguments go to pytest (-n 0: one test after the other).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -9,4 +10,4 @@ export PATH=$PWD/.venv/bin:$PATH
 ruff check .
 ruff format --check .
 lint-imports
-pytest "$@"
+pytest -n 2 --dist loadgroup "$@"
