@@ -97,9 +97,10 @@ def test_torture(digits, capfd, recipe, zero, ranks):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_torture_on_a_gpu(digits):
+@pytest.mark.parametrize("recipe", ["digits-varcon", "digits-vssl"])  # of SGD and of AdamW
+def test_torture_on_a_gpu(digits, recipe):
     overrides = [f"data.dir={digits}", *SMALL, "compute.deterministic=true", "compute.precision=bfloat16"]
-    assert torture(["--kills", "3", *overrides]) == 0
+    assert torture(["--recipe", recipe, "--kills", "3", *overrides]) == 0
 
 
 def test_torture_without_data_says_so(capsys):

@@ -1,4 +1,5 @@
-"""A training run that writes down where the host read a value of a tensor: on a GPU it would wait for the device there.
+"""A training run that writes down where the host waits for the device, or would if the device were a GPU: where it
+reads a value of a tensor, makes one of values of its own, or asks to wait.
 
     python waiting_run.py FIRST LAST REPORT arguments of train.py ...
 
@@ -12,30 +13,34 @@ import traceback
 from pathlib import Path
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-READS = ("item", "tolist", "cpu", "__bool__", "__int__", "__float__", "__index__", "__contains__")
+READS = ("item", "tolist", "cpu", "__bool__", "__int__", "__float__", "__index__", "__contains__", "new_tensor")
 READING_OPERATORS = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "equal")
 
 
 class Watcher(TorchDispatchMode):
-    """Notes the place of every read while `watching`."""
+    """Notes the place of every wait while `watching`."""
 
     def __init__(self) -> None:
         super().__init__()
         self.watching, self.inside, self.places = False, False, []
-        for name in READS:
-            setattr(torch.Tensor, name, self._noted(getattr(torch.Tensor, name)))
+        accelerator = type(get_accelerator())
+        waits = [(torch.Tensor, name) for name in READS]
+        waits += [(torch, "tensor"), (accelerator, "synchronize"), (torch.cuda, "synchronize")]
+        for owner, name in waits:
+            setattr(owner, name, self._noted(getattr(owner, name)))
 
     def _noted(self, method):
-        def call(tensor, *arguments, **options):
+        def call(*arguments, **options):
             self._note()
             outer, self.inside = self.inside, True
             try:
-                return method(tensor, *arguments, **options)
+                return method(*arguments, **options)
             finally:
                 self.inside = outer
 

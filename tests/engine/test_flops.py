@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+import torchvision.models
 from torch import nn
 
 from varscale.config import load_config, resolve_batch
 from varscale.engine.flops import forward_flops, step_flops, training_flops
 from varscale.engine.learners import build_learner
+from varscale.models.encoders import build_encoder
 
 
 def flops(recipe, *overrides, world_size=1, classes=10):
@@ -28,6 +30,13 @@ def test_a_linear_layer_by_hand():
 def test_resnet50_has_the_published_number_of_operations():
     _, _, learner, _ = flops("imagenet1k-varcon")
     assert forward_flops(learner.network.encoder, 224) == pytest.approx(2 * 4.09e9, rel=0.005)  # torchvision's table
+
+
+def test_small_maps_count_as_the_convolutions_that_they_are():
+    """How a CPU computes them (`Conv3x3`) is no business of a model's operations, nor of an MFU."""
+    plain = torchvision.models.resnet18()
+    plain.fc = nn.Identity()
+    assert training_flops(build_encoder("resnet18", image_size=32), 32) == training_flops(plain, 32)
 
 
 def test_the_parts_of_a_step():

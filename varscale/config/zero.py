@@ -19,6 +19,9 @@ _OURS = {
     "statistics",
 }
 
+# DeepSpeed's own throughput timer, on by default, waits for the device twice in every micro-batch; ours never does.
+_DEFAULTS = {"timers": {"throughput": {"enabled": False}}}
+
 
 def resolve_deepspeed(config: Config, sizes: BatchSizes) -> dict:
     """Read `deepspeed.config` (a name or a path) and fill in its "auto" values; UserError names what is wrong."""
@@ -37,7 +40,7 @@ def resolve_deepspeed(config: Config, sizes: BatchSizes) -> dict:
             f"compute.compile is true, but ZeRO stage 3 ({path}) gathers parameters in hooks that cannot be compiled; "
             "take compute.compile=false, or zero0 to zero2"
         )
-    return filled
+    return _DEFAULTS | filled
 
 
 def zero_stage(settings: dict) -> int:

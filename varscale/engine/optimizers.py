@@ -1,6 +1,7 @@
 """SGD, AdamW and a LARS that stays exact when ZeRO partitions the parameters."""
 
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -87,8 +88,10 @@ class LARS(torch.optim.Optimizer):
         if self.partition_group is not None:
             norms = _sum_over_ranks(norms.square(), self.partition_group).sqrt()
         weight, gradient = norms
-        decay = weight.new_tensor([group["weight_decay"] for _, group in adapted])
-        trust = weight.new_tensor([group["trust_coefficient"] for _, group in adapted])
+        decay, trust = (
+            _constants(tuple(group[name] for _, group in adapted), weight.dtype, weight.device)
+            for name in ("weight_decay", "trust_coefficient")
+        )
         ratios = trust * weight / (gradient + decay * weight)
         return list(torch.where((weight > 0) & (gradient > 0), ratios, torch.ones_like(ratios)))
 
@@ -99,6 +102,12 @@ class LARS(torch.optim.Optimizer):
         shard = values.numel()
         held = group["numel"] - dist.get_rank(self.partition_group) * shard
         return values[: min(max(held, 0), shard)]
+
+
+@lru_cache(maxsize=8)
+def _constants(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Kept from step to step: to copy them to a GPU is to wait for it."""
+    return torch.tensor(values, dtype=dtype, device=device)
 
 
 def build_optimizer(

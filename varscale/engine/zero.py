@@ -118,13 +118,13 @@ def restore_optimizer_state(engine: deepspeed.DeepSpeedEngine, saved: OptimizerS
         return
     for name, p in _trained(engine):
         if not engine.zero_optimization():
-            engine.optimizer.state[p] = {key: value.clone().to(_home(p, value)) for key, value in saved[name].items()}
+            engine.optimizer.state[p] = {key: value.to(p.device, copy=True) for key, value in saved[name].items()}
             continue
         fragment = _fragment(engine, p)
         state = engine.optimizer.optimizer.state[fragment.shard]
         for key, value in saved[name].items():
             if value.dim() == 0:
-                state[key] = value.clone()
+                state[key] = value.to(fragment.shard.device, copy=True)
                 continue
             partition = state.setdefault(key, torch.zeros_like(fragment.shard))
             if fragment.length:
@@ -172,11 +172,6 @@ def _gather(parameter: nn.Parameter, fragment: _Fragment, values: object, device
 
 def _trained(engine: deepspeed.DeepSpeedEngine) -> list[tuple[str, nn.Parameter]]:
     return [(name, p) for name, p in engine.module.named_parameters() if p.requires_grad]
-
-
-def _home(parameter: nn.Parameter, value: Tensor) -> torch.device:
-    """Scalars such as Adam's step count stay on the CPU, as torch's optimizers keep them."""
-    return parameter.device if value.dim() else torch.device("cpu")
 
 
 def _copy(value: object) -> Tensor:

@@ -8,17 +8,17 @@ FEW = 2  # pixels a side, at most: there every output sees every input
 
 
 class Conv3x3(nn.Conv2d):
-    """`nn.Conv2d` of size 3 with a padding of 1 and without bias, which on maps of one or two pixels a side multiplies
-    by a matrix.
+    """`nn.Conv2d` of size 3 with a padding of 1 and without bias, which on a CPU multiplies maps of one or two pixels a
+    side by a matrix.
 
-    Most of its weights meet nothing but padding there, and at most four ninths of the work is left: on a CPU, a ResNet
-    with ImageNet's stem takes less than two thirds of the time for images of 32 pixels. Weights that meet no pixel have
-    a gradient of exactly zero; torch's own, in bfloat16 on a CPU with a stride of 2 and one pixel, is memory that
-    nobody has written to (torch 2.13).
+    Most of its weights meet nothing but padding there, and at most four ninths of the work is left: a ResNet with
+    ImageNet's stem takes less than two thirds of the time for images of 32 pixels. Weights that meet no pixel have a
+    gradient of exactly zero; torch's own, in bfloat16 with a stride of 2 and one pixel, is memory that nobody has
+    written to (torch 2.13). Other devices convolve: their libraries are not slow there.
     """
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if max(input.shape[-2:]) > FEW:
+        if input.device.type != "cpu" or max(input.shape[-2:]) > FEW:
             return super()._conv_forward(input, weight, bias)
         seen = _who_sees_whom(*input.shape[-2:], self.stride, weight)
         size = seen.shape[-2:]
