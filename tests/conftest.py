@@ -20,7 +20,11 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """With several workers, the tests of a file go to one, for what they share, and so do all that need a Slurm."""
+    """With several workers, the tests of a file go to one, for what they share, and so do all that need a Slurm.
+
+    Those come first: they wait rather than compute, best while there is much for the others to do.
+    """
+    items.sort(key=lambda item: "slurm" not in item.path.relative_to(REPOSITORY).parts)
     for item in items:
         file = item.path.relative_to(REPOSITORY)
         item.add_marker(pytest.mark.xdist_group("slurm" if "slurm" in file.parts else str(file)))

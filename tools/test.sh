@@ -10,4 +10,4 @@ export PATH=$PWD/.venv/bin:$PATH
 ruff check .
 ruff format --check .
 lint-imports
-pytest -n 2 --dist loadgroup "$@"
+pytest -n 2 --dist loadgroup --no-loadscope-reorder "$@"
