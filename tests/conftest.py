@@ -18,16 +18,18 @@ import varscale  # noqa: F401 -- before torch: it sets how OpenMP waits
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """With several workers, the tests of a file go to one, for what they share, and so do all that need a Slurm.
+def pytest_itemcollected(item):
+    """With several workers, the tests of a file go to one, for what they share, and so do all that need a Slurm."""
+    item.add_marker(pytest.mark.xdist_group("slurm" if needs_slurm(item) else item.nodeid.partition("::")[0]))
 
-    Those come first: they wait rather than compute, best while there is much for the others to do.
-    """
-    items.sort(key=lambda item: "slurm" not in item.path.relative_to(REPOSITORY).parts)
-    for item in items:
-        file = item.path.relative_to(REPOSITORY)
-        item.add_marker(pytest.mark.xdist_group("slurm" if "slurm" in file.parts else str(file)))
+
+def pytest_collection_modifyitems(items):
+    """First what needs a Slurm: it waits rather than computes, best while there is much for the others to do."""
+    items.sort(key=needs_slurm, reverse=True)
+
+
+def needs_slurm(item) -> bool:
+    return item.path.parent.name == "slurm"
 
 
 @pytest.fixture(scope="session")

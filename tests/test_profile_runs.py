@@ -61,7 +61,7 @@ def test_every_line_of_metrics_tells_the_speed(varcon):
     operations = [line["tflops"] / line["images_per_second"] for line in lines]
     assert operations == pytest.approx([operations[0]] * STEPS), "operations of an image do not change"
     memory = [line["process_memory_peak_gib"] for line in lines]
-    assert memory == sorted(memory)
+    assert memory == pytest.approx(sorted(memory), abs=1e-3)  # Linux adds up what threads hold only roughly
 
 
 def test_the_run_goes_on_as_usual(varcon):
