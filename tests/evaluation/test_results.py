@@ -10,7 +10,7 @@ from varscale.evaluation.context import NUMBER, Result
 from varscale.evaluation.drawing import class_colours, new_figure
 from varscale.evaluation.results import Report
 
-INFO = SimpleNamespace(digest="0123456789abcdef", num_classes=3, num_samples=lambda split: 7)
+INFO = SimpleNamespace(digest="0123456789abcdef", source="digits", num_classes=3, num_samples=lambda split: 7)
 
 
 @pytest.fixture

@@ -7,7 +7,8 @@ import pytest
 from made_runs import everything, make_run, measure, record
 
 from varscale.config import recipe_names
-from varscale.reporting.published import PUBLISHED
+from varscale.reporting.measured import embeddings
+from varscale.reporting.published import PUBLISHED, data_set
 from varscale.reporting.runs import read_runs
 from varscale.reporting.subjects import subjects
 from varscale.reporting.tables import configurations, duration, headlines, metrics, over_checkpoints, published
@@ -61,16 +62,85 @@ def test_an_interval_stands_beside_its_mean_and_another_data_set_is_named(tmp_pa
     assert found["clustering kmeans_ari on digits (digest)"] == {"a": "0.1250"}
 
 
+CIFAR10 = {"classes": 10, "train": 50_000, "val": 10_000, "source": "cifar10"}
+CIFAR100 = CIFAR10 | {"classes": 100, "source": "npz:/tmp/cifar100.npz"}
+IMAGENET100 = {"classes": 100, "train": 126_689, "val": 5_000, "source": "imagefolder:/data/in100"}
+
+
+def on(data: dict) -> dict:
+    return {"data": {"dir": "data/x", "digest": "digest"} | data}
+
+
 def test_published_numbers_are_marked_and_stand_beside_ours(tmp_path):
     run = make_run(tmp_path / "a", "cifar10-vssl")
-    measure(run, 12, record("linear", {"top1": 80.0}))
-    (read,) = read_runs([run])
-    table = published([read], subjects([read]))
+    measure(run, 12, record("linear", {"top1": 80.0}, **on(CIFAR10)))
+    table = published(subjects(read_runs([run])))
     assert [column.kind for column in table.columns] == ["label", "published", "run"]
     label = "byol, resnet18, cifar10, online linear (solo-learn's tables)"
     assert rows(table)[label] == {"published top-1 (%)": "92.58", "ours, linear: a": "80.00"}
     assert any("resnet50" in name for name in rows(table)), "also those of other encoders, by name"
-    assert published(read_runs([make_run(tmp_path / "b")]), []) is None, "nothing was published on the digits"
+
+
+def test_published_numbers_stand_beside_none_of_other_data(tmp_path):
+    """By what was converted: neither the recipe's name nor the folder's tells."""
+    runs = [make_run(tmp_path / name, "imagenet100-varcon", "data.dir=data/imagenet100") for name in "abcd"]
+    others = [CIFAR10, CIFAR100, IMAGENET100 | {"train": 126_688}]
+    for run, top1, data in zip(runs, (81.0, 72.0, 63.0), others, strict=False):
+        measure(run, 12, record("linear", {"top1": top1}, **on(data)))
+    table = rows(published(subjects(read_runs(runs))))
+    ten = table["supcon, resnet50, cifar10, linear (SupContrast's README)"]
+    hundred = table["supcon, resnet50, cifar100, linear (SupContrast's README)"]
+    assert ten == {"published top-1 (%)": "96.00", "ours, linear: a": "81.00"} | dict.fromkeys(
+        ("ours, linear: b", "ours, linear: c"), ""
+    )
+    assert (hundred["ours, linear: a"], hundred["ours, linear: b"], hundred["ours, linear: c"]) == ("", "72.00", "")
+    assert not any("imagenet" in name for name in table)
+    measure(runs[3], 12, record("linear", {"top1": 54.0}, **on(IMAGENET100)))
+    assert any("imagenet100" in name for name in rows(published(subjects(read_runs(runs)))))
+    assert published(subjects(read_runs(runs[2:3]))) is None
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        (CIFAR10, "cifar10"),
+        (CIFAR10 | {"source": "npz:a.npz"}, "cifar10"),
+        (CIFAR10 | {"source": "digits"}, None),
+        (CIFAR10 | {"train": 5_000}, None),
+        (CIFAR100, "cifar100"),
+        (CIFAR100 | {"source": "cifar10"}, None),
+        (IMAGENET100, "imagenet100"),
+        ({"classes": 1_000, "train": 1_281_167, "val": 50_000}, "imagenet1k"),  # a record of before sources were in it
+        ({}, None),
+    ],
+)
+def test_a_data_set_is_known_by_its_sizes_and_source(data, name):
+    assert data_set(data) == name
+
+
+def test_what_was_measured_on_other_data_stands_for_no_run(tmp_path):
+    run = make_run(tmp_path / "a", "cifar10-varcon")
+    other = {"data": {"dir": "data/y", "digest": "another"} | CIFAR10}
+    records = [record("linear", {"top1": 80.0}, **on(CIFAR10)), record("linear", {"top1": 11.0}, **other)]
+    measure(run, 12, *records, record("knn", {"top1_k20": 12.0}, **other))
+    (subject,) = subjects(read_runs([run]))
+    assert subject.record("linear")["metrics"] == {"top1": 80.0}
+    assert subject.record("knn") is None
+    assert "11.00" not in str(published([subject]))
+    assert headlines([subject]).splitlines()[-1].split() == ["a", "80.00"]
+    measure(run, 12, records[1])
+    assert published(subjects(read_runs([run]))) is None
+    assert headlines(subjects(read_runs([run]))) == "no accuracy was measured yet"
+
+
+def test_pictures_of_embeddings_are_those_of_the_runs_own_data(tmp_path):
+    run = make_run(tmp_path / "a")
+    own = next(one for one in everything(12) if one["evaluator"] == "embedding_plot")
+    other = own | {"data": {"dir": "data/y", "digest": "another"}}
+    measure(run, 12, other)
+    assert embeddings(read_runs([run])[0], 0) == []
+    measure(run, 12, own, other)
+    assert len(embeddings(read_runs([run])[0], 0)) == 3  # two methods, and the names of classes
 
 
 @pytest.mark.parametrize("name", recipe_names())

@@ -49,6 +49,7 @@ class Report:
             "data": {
                 "dir": str(self.directory),
                 "digest": info.digest,
+                "source": info.source,
                 "classes": info.num_classes,
                 "train": info.num_samples("train"),
                 "val": info.num_samples("val"),

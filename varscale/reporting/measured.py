@@ -84,7 +84,7 @@ def embeddings(run: Run, number: int) -> list[Picture]:
     """A run's validation embeddings in the plane, one picture for each measured checkpoint and method, and a legend."""
     found, classes = [], ()
     for evaluation in run.evaluations:
-        record = evaluation.of("embedding_plot")
+        record = evaluation.of("embedding_plot", run.data_digest)
         if record is None:
             continue
         classes = record["details"]["classes"]

@@ -26,10 +26,16 @@ class Evaluation(NamedTuple):
     step: int
     records: list[dict]
 
-    def of(self, evaluator: str, model: str = TRAINED) -> dict | None:
-        """The newest record of an evaluator."""
-        found = [one for one in self.records if (one["evaluator"], one["model"]) == (evaluator, model)]
+    def of(self, evaluator: str, data: str) -> dict | None:
+        """The newest record of an evaluator about the trained encoder on the data of this digest."""
+        wanted = evaluator, TRAINED, data
+        found = [one for one in self.records if (one["evaluator"], one["model"], data_of(one)) == wanted]
         return found[-1] if found else None
+
+
+def data_of(record: dict) -> str:
+    """The digest of the data that a record is about."""
+    return record.get("data", {}).get("digest", "")
 
 
 @dataclass(frozen=True)

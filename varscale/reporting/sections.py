@@ -59,8 +59,11 @@ def _results(runs: Sequence[Run], columns: Sequence[Subject]) -> Section:
     if table := tables.metrics(columns):
         told = "All that was measured on each run's newest measured checkpoint; ± is half the width of a 95 % interval."
         blocks += [Paragraph(told), table]
-    if table := tables.published(runs, columns):
-        told = "Published by others, not measured here. Beside it our linear accuracy, whatever its encoder and epochs."
+    if table := tables.published(columns):
+        told = (
+            "Published by others, not measured here. Beside it the linear accuracy of our runs on the same data, "
+            "whatever their encoder and epochs."
+        )
         blocks += [Paragraph(told), table]
     if pictures := measured.comparisons(columns):
         blocks.append(Gallery(pictures))

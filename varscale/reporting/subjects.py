@@ -1,10 +1,10 @@
 """Whose numbers stand beside each other: trained encoders of all runs, then what they are compared with."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from varscale.reporting.plotting import COLOURS, GREYS
-from varscale.reporting.runs import PIXELS, TRAINED, UNTRAINED, Run
+from varscale.reporting.runs import PIXELS, TRAINED, UNTRAINED, Run, data_of
 
 
 @dataclass(frozen=True)
@@ -12,16 +12,18 @@ class Subject:
     """One column of the table of metrics, one line in a picture of them.
 
     records: what was measured on the newest checkpoint that was measured.
+    data_digest: of the data that the run was trained on.
     """
 
     name: str
     is_baseline: bool
     colour: str
     records: list[dict]
+    data_digest: str
 
     def record(self, evaluator: str) -> dict | None:
-        """The newest record of an evaluator."""
-        found = [one for one in self.records if one["evaluator"] == evaluator]
+        """The newest record of an evaluator on the run's own data."""
+        found = [one for one in self.records if (one["evaluator"], data_of(one)) == (evaluator, self.data_digest)]
         return found[-1] if found else None
 
     def metrics(self) -> dict[tuple, float | None]:
@@ -38,29 +40,22 @@ def unit_of(record: dict, metric: str) -> str:
     return record.get("units", {}).get(metric, "%")
 
 
-def data_of(record: dict) -> str:
-    """The digest of the data that a record is about."""
-    return record.get("data", {}).get("digest", "")
-
-
 def subjects(runs: Sequence[Run]) -> list[Subject]:
     """The trained encoders, then the baselines; of several runs' baselines one, where it is the same and they agree."""
     measured = [(number, run, run.evaluations[-1].records) for number, run in enumerate(runs) if run.evaluations]
     trained = [
-        Subject(run.name, False, COLOURS[number % len(COLOURS)], [one for one in records if one["model"] == TRAINED])
+        Subject(run.name, False, COLOURS[number % len(COLOURS)], _of(TRAINED, records), run.data_digest)
         for number, run, records in measured
     ]
     baselines: dict[str, list[Subject]] = {}
     for _, run, records in measured:
         for name, own in _baselines(run, records):
             same = baselines.setdefault(name, [])
-            candidate = Subject(name, True, GREYS[0], own)
+            candidate = Subject(name, True, "", own, run.data_digest)
             if not any(_agree(candidate, other) for other in same):
-                same.append(Subject(name if not same else f"{name}, {run.name}", True, "", own))
+                same.append(candidate if not same else replace(candidate, name=f"{name}, {run.name}"))
     found = [one for same in baselines.values() for one in same]
-    return trained + [
-        Subject(one.name, True, GREYS[number % len(GREYS)], one.records) for number, one in enumerate(found)
-    ]
+    return trained + [replace(one, colour=GREYS[number % len(GREYS)]) for number, one in enumerate(found)]
 
 
 def _baselines(run: Run, records: list[dict]) -> Iterator[tuple[str, list[dict]]]:
@@ -68,8 +63,11 @@ def _baselines(run: Run, records: list[dict]) -> Iterator[tuple[str, list[dict]]
     size = "{0}x{0}".format(run.config["data"]["image_size"])
     names = {PIXELS: f"raw pixels, {size}", UNTRAINED: f"untrained {run.encoder}, {size}, seed {run.config['seed']}"}
     for model in sorted({one["model"] for one in records} - {TRAINED}):
-        own = [one for one in records if one["model"] == model]
-        yield names.get(model, model), own
+        yield names.get(model, model), _of(model, records)
+
+
+def _of(model: str, records: list[dict]) -> list[dict]:
+    return [one for one in records if one["model"] == model]
 
 
 def _agree(subject: Subject, other: Subject) -> bool:

@@ -8,9 +8,9 @@ from statistics import median
 
 from varscale.engine.manifest import flatten
 from varscale.reporting.content import Column, Table
-from varscale.reporting.published import published_on
-from varscale.reporting.runs import TRAINED, Run
-from varscale.reporting.subjects import Subject, data_of
+from varscale.reporting.published import PUBLISHED, data_set
+from varscale.reporting.runs import TRAINED, Run, data_of
+from varscale.reporting.subjects import Subject
 
 LABEL = "label"
 FIRST = ("knn", "linear", "linear_cached")  # of the evaluators
@@ -68,19 +68,20 @@ def metric_label(key: tuple[str, str, str, str], names: dict[str, str]) -> str:
     return " ".join([evaluator, name, *([f"({unit})"] if unit else []), *([names[data]] if names[data] else [])])
 
 
-def published(runs: Sequence[Run], subjects: Sequence[Subject]) -> Table | None:
-    """What others published on the data sets of the runs, and our linear accuracy beside it."""
-    found = list(dict.fromkeys(one for run in runs for one in published_on(run.config)))
-    own = [one for one in subjects if not one.is_baseline]
+def published(subjects: Sequence[Subject]) -> Table | None:
+    """What others published on the data sets that were trained and measured on, and our linear accuracy beside it,
+    where it was measured on the row's data set."""
+    own = [(one, _data_set(one)) for one in subjects if not one.is_baseline]
     columns = (Column("published elsewhere", LABEL), Column("published top-1 (%)", "published"))
-    columns += tuple(Column(f"ours, linear: {one.name}") for one in own)
+    columns += tuple(Column(f"ours, linear: {one.name}") for one, _ in own)
     rows = [
         (
             f"{one.objective}, {one.encoder}, {one.data}, {one.protocol} ({one.source})",
             shown(one.top1),
-            *(_linear(subject) if "linear" in one.protocol else "" for subject in own),
+            *(_linear(subject) if "linear" in one.protocol and data == one.data else "" for subject, data in own),
         )
-        for one in found
+        for one in PUBLISHED
+        if one.data in {data for _, data in own}
     ]
     return Table(columns, rows) if rows else None
 
@@ -88,6 +89,11 @@ def published(runs: Sequence[Run], subjects: Sequence[Subject]) -> Table | None:
 def with_interval(value: str, half_width: str) -> str:
     """A mean with half the width of its interval, where it has one."""
     return f"{value} ± {half_width}" if half_width else value
+
+
+def _data_set(subject: Subject) -> str | None:
+    """What a run was trained on, by `data_set`; None as long as nothing was measured on it."""
+    return next((data_set(one["data"]) for one in subject.records if data_of(one) == subject.data_digest), None)
 
 
 def _linear(subject: Subject) -> str:
@@ -116,7 +122,7 @@ def over_checkpoints(run: Run) -> Table | None:
             own = [record for record in evaluation.records if record["model"] == model]
             kind = "run" if model == TRAINED else "baseline"
             columns.append(Column(f"step {evaluation.step}" + ("" if model == TRAINED else f", {model}"), kind))
-            found.append(Subject("", model != TRAINED, "", own).metrics())
+            found.append(Subject("", model != TRAINED, "", own, run.data_digest).metrics())
     rows = [
         (metric_label(key, places), *(shown(one.get(key), key[2]) for one in found))
         for key in dict.fromkeys(key for one in found for key in one)
