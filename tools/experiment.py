@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import yaml
 
 from varscale.config import Config, load_config, to_yaml
-from varscale.engine.rundir import read_results
+from varscale.engine.rundir import read_manifest, read_results
 from varscale.errors import UserError
 from varscale.files import replace_text
 
@@ -153,14 +153,21 @@ def write_config(config: Config, folder: Path) -> Path:
 
 def measure(run: Path) -> None:
     """kNN and linear accuracy of the newest checkpoint, unless they are known. Raises UserError where that fails."""
-    if missing := [name for name, _ in COLUMNS.values() if name not in results(run)]:
+    if missing := not_measured(run):
         _run("-m", "varscale.evaluate", "--checkpoint", str(run), *missing)
 
 
+def not_measured(run: Path) -> list[str]:
+    """The evaluators whose metric of `COLUMNS` is not known, though others of theirs may be, as with `knn.k=[5]`."""
+    found = results(run)
+    return [name for name, metric in COLUMNS.values() if metric not in found.get(name, {})]
+
+
 def results(run: Path) -> dict[str, dict[str, float]]:
-    """What was measured of the newest checkpoint's encoder, by evaluator."""
+    """What was measured of the newest checkpoint's encoder on the data it was trained on, by evaluator."""
     try:
-        return {r["evaluator"]: r["metrics"] for r in read_results(run) if r["model"] == "trained"}
+        own = "trained", read_manifest(run)["data_digest"]
+        return {r["evaluator"]: r["metrics"] for r in read_results(run) if (r["model"], r["data"]["digest"]) == own}
     except UserError:  # not measured yet
         return {}
 

@@ -5,6 +5,7 @@ import json
 import statistics
 from pathlib import Path
 
+import made_runs
 import pytest
 import yaml
 
@@ -93,6 +94,18 @@ def test_without_a_name_they_are_listed(experiment, lists, capsys):
     for name, content in lists["experiments"].items():
         assert name in shown
         assert content["question"] in shown
+
+
+def test_measured_is_what_the_table_shows_on_the_runs_own_data(experiment, tmp_path):
+    run = made_runs.make_run(tmp_path / "a")
+    assert experiment.not_measured(run) == ["knn", "linear_cached"]
+    own = [made_runs.record("knn", {"top1_k5": 70.0}), made_runs.record("linear_cached", {"top1": 80.0})]
+    other = made_runs.record("linear_cached", {"top1": 11.0}, data={"dir": "d", "digest": "another"})
+    made_runs.measure(run, 12, *own, other)
+    assert experiment.results(run)["linear_cached"] == {"top1": 80.0}
+    assert experiment.not_measured(run) == ["knn"]
+    made_runs.measure(run, 12, own[0], other)
+    assert experiment.not_measured(run) == ["knn", "linear_cached"]
 
 
 @pytest.mark.slow
