@@ -311,6 +311,18 @@ def test_transfer_to_data_of_other_classes_and_sizes(run, tmp_path):
     assert "enlarged" in record["notes"][0]
 
 
+def test_transfer_to_one_data_set_leaves_that_to_another_and_names_both(run, data, tmp_path, capsys):
+    digests = {name: convert_colours(tmp_path / name, classes=count) for name, count in (("five", 5), ("three", 3))}
+    arguments = ["--checkpoint", str(run), "transfer", "transfer.epochs=0"]
+    for name in ("five", "three", "five"):
+        assert main([*arguments, f"transfer.data={tmp_path / name}"]) == 0
+        assert f"transfer on {name}  linear_top1  %" in capsys.readouterr().out
+    content = json.loads((run / "evaluation" / "step-00000042.json").read_text())["results"]
+    three, five = (record["data"] for record in content)
+    assert (three["digest"], three["classes"], three["dir"]) == (digests["three"], 3, str(tmp_path / "three"))
+    assert (five["digest"], five["classes"], five["dir"]) == (digests["five"], 5, str(tmp_path / "five"))
+
+
 def test_corruptions_want_images_of_32_pixels(run, capsys):
     assert "have 8 pixels a side" in refusal(["--checkpoint", str(run), "corruption"], capsys)
 

@@ -31,10 +31,13 @@ def write_results(run):
         "evaluator": "knn",
         "metrics": {"top1_k20": 61.234, "confusion": [[1, 2]]},
         "settings": {"k": [20], "temperature": 0.07},
-        "data": {"digest": "abcdef" * 10, "val": 1234},
+        "data": {"dir": "data/a", "digest": "abcdef" * 10, "val": 1234},
     }
+    other = record | {"evaluator": "transfer", "metrics": {"linear_top1": 7.5}, "settings": {}}
+    other |= {"data": {"dir": "data/flowers", "digest": "012345" * 10, "val": 99}}
+    corrupted = other | {"evaluator": "corruption", "variant": "CIFAR-10-C", "data": record["data"]}
     (run / "evaluation").mkdir()
-    (run / "evaluation" / "step-00000007.json").write_text(json.dumps({"results": [record]}))
+    (run / "evaluation" / "step-00000007.json").write_text(json.dumps({"results": [record, other, corrupted]}))
     lines = [{"kind": "train", "step": 1, "loss": 3.0}]
     lines += [{"kind": "knn", "step": step, "time": 1.0, "top1_k20": 50.0 + step} for step in (3, 6, 9)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -73,8 +76,10 @@ def test_metrics_come_with_their_settings_and_data(tmp_path, data):
     assert "None yet; `python -m varscale.evaluate" in section(card_of(tmp_path / "run", data, config), "Metrics")
     write_results(tmp_path / "run")
     metrics = section(card_of(tmp_path / "run", data, config), "Metrics")
-    row = "| trained | knn | top1_k20 | 61.23 | `abcdefabcdef`, 1,234 images | k [20], temperature 0.07 |"
+    row = "| trained | knn | top1_k20 | 61.23 | a `abcdefabcdef`, 1,234 images | k [20], temperature 0.07 |"
     assert row in metrics
+    assert "| trained | transfer | linear_top1 | 7.5 | flowers `012345012345`, 99 images |" in metrics
+    assert "| trained | corruption (CIFAR-10-C) | linear_top1 | 7.5 | a `abcdefabcdef`, 1,234 images |" in metrics
     assert "confusion" not in metrics
     assert "after step 6: kNN top1_k20 56.00 percent" in metrics  # not after step 9, which this checkpoint has not seen
 

@@ -178,7 +178,7 @@ def test_alexnet_itself_has_a_mean_error_of_100():
 def test_another_runs_result_is_a_reference(images, tmp_path):
     settings = Settings(names=("contrast",), samples=24)
     first = run(context_of(images), settings)
-    record = {"evaluator": "corruption", "model": "untrained", "details": first.details}
+    record = {"evaluator": "corruption", "model": "untrained", "variant": "made on the fly", "details": first.details}
     path = tmp_path / "results.json"
     path.write_text(json.dumps({"results": [record]}))
     relative = settings.model_copy(update={"reference": str(path), "reference_model": "untrained"})
@@ -186,8 +186,10 @@ def test_another_runs_result_is_a_reference(images, tmp_path):
     errors = 100 - first.metrics["corrupted_linear"]
     assert result.metrics["mce_linear"] == pytest.approx(100) if errors else True
     assert "relative to the errors of untrained" in result.notes[0]
-    with pytest.raises(UserError, match="holds no result of corruption for trained"):
-        reference_tables(path, "trained")
+    with pytest.raises(UserError, match=r"holds no result of corruption \(made on the fly\) for trained"):
+        reference_tables(path, "trained", first.variant)
+    with pytest.raises(UserError, match=r"holds no result of corruption \(CIFAR-10-C\) for untrained"):
+        reference_tables(path, "untrained", "CIFAR-10-C")
     more = relative.model_copy(update={"names": ("contrast", "fog")})
     with pytest.raises(UserError, match="has no errors for fog"):
         run(context_of(images), more)

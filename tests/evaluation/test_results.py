@@ -51,6 +51,17 @@ def test_a_record_takes_one_line_however_long_its_details(report):
     assert [one["evaluator"] for one in records(report)] == ["e0", "e1", "e2"]
 
 
+def test_results_of_other_variants_and_data_stay_and_are_told_apart(report, tmp_path):
+    flowers = SimpleNamespace(digest="fedcba9876543210", source="npz:f", num_classes=5, num_samples=lambda split: 9)
+    for variant, data in (("x", None), ("y", None), ("x", (tmp_path / "flowers", flowers)), ("x", None)):
+        report.add("trained", "a", Result({"top1": 1.0}, {}, data=data, variant=variant), {}, new_figure()[0])
+    found = [(one["variant"], one["data"]["digest"], one["data"]["classes"]) for one in records(report)]
+    assert found == [("y", INFO.digest, 3), ("x", flowers.digest, 5), ("x", INFO.digest, 3)]
+    labels = [line.split("  ")[0] for line in report.table().splitlines() if line.startswith("a ")]
+    assert labels == ["a (x)", "a (y)", "a (x) on flowers"]
+    assert records(report)[0]["picture"] != records(report)[2]["picture"]
+
+
 def test_pictures_are_named_after_evaluator_model_and_other_data(report):
     names = []
     for other in (report, Report(report.path, 1, report.directory, INFO, other_data=True)):

@@ -7,11 +7,19 @@ import pytest
 from made_runs import everything, make_run, measure, record
 
 from varscale.config import recipe_names
-from varscale.reporting.measured import embeddings
+from varscale.reporting.measured import comparisons, embeddings
 from varscale.reporting.published import PUBLISHED, data_set
 from varscale.reporting.runs import read_runs
 from varscale.reporting.subjects import subjects
-from varscale.reporting.tables import configurations, duration, headlines, metrics, over_checkpoints, published
+from varscale.reporting.tables import (
+    configurations,
+    corruptions,
+    duration,
+    headlines,
+    metrics,
+    over_checkpoints,
+    published,
+)
 
 
 def rows(table):
@@ -60,6 +68,36 @@ def test_an_interval_stands_beside_its_mean_and_another_data_set_is_named(tmp_pa
     assert found["few_shot top1_5shot (%) on digits (digest)"] == {"a": "71.00"}
     assert found["knn top1_k20 (%) on flowers (01234567)"] == {"a": "33.00"}
     assert found["clustering kmeans_ari on digits (digest)"] == {"a": "0.1250"}
+
+
+def test_transfers_to_different_data_have_rows_of_their_own(tmp_path):
+    runs = [make_run(tmp_path / name) for name in "ab"]
+    for run, digest, top1 in zip(runs, ("0123456789", "9876543210"), (61.0, 62.0), strict=True):
+        measure(run, 12, record("transfer", {"top1": top1}, data={"dir": "data/flowers", "digest": digest}))
+    assert rows(metrics(subjects(read_runs(runs[:1])))) == {"transfer top1 (%) on flowers (01234567)": {"a": "61.00"}}
+    assert rows(metrics(subjects(read_runs(runs)))) == {
+        "transfer top1 (%) on flowers (01234567)": {"a": "61.00", "b": ""},
+        "transfer top1 (%) on flowers (98765432)": {"a": "", "b": "62.00"},
+    }
+
+
+def test_corruptions_of_different_origin_are_kept_apart(tmp_path):
+    runs = [make_run(tmp_path / name) for name in "ab"]
+    own = next(one for one in everything(12) if one["evaluator"] == "corruption")
+    made, folder = own | {"variant": "made on the fly"}, own | {"variant": "CIFAR-10-C"}
+    measure(runs[0], 12, made)
+    measure(runs[1], 12, folder)
+    found = subjects(read_runs(runs))
+    assert rows(metrics(found)) == {
+        "corruption (made on the fly) top1_noise (%)": {"a": "44.00", "b": ""},
+        "corruption (CIFAR-10-C) top1_noise (%)": {"a": "", "b": "44.00"},
+    }
+    assert rows(corruptions(found))["fog, knn, CIFAR-10-C"] == {"a": "", "b": "65.50"}
+    pictures = comparisons(found)
+    assert [one.name for one in pictures] == [
+        *("corruption-knn", "corruption-linear", "corruption-knn-2", "corruption-linear-2")
+    ]
+    assert pictures[2].title.endswith("of corruption, CIFAR-10-C")
 
 
 CIFAR10 = {"classes": 10, "train": 50_000, "val": 10_000, "source": "cifar10"}

@@ -123,12 +123,12 @@ def _metrics(run: Path, checkpoint: Path, step: int) -> str:
 
 
 def _rows(record: dict) -> list[tuple[str, ...]]:
-    data = f"`{record['data']['digest'][:12]}`, {record['data']['val']:,} images"
+    data = record["data"]
+    place = f"{Path(data['dir']).name} `{data['digest'][:12]}`, {data['val']:,} images"
     settings = ", ".join(f"{key} {value}" for key, value in record["settings"].items())
     numbers = {name: value for name, value in record["metrics"].items() if isinstance(value, int | float)}
-    return [
-        (record["model"], record["evaluator"], name, f"{value:.4g}", data, settings) for name, value in numbers.items()
-    ]
+    evaluator = f"{record['evaluator']} ({record['variant']})" if record.get("variant") else record["evaluator"]
+    return [(record["model"], evaluator, name, f"{value:.4g}", place, settings) for name, value in numbers.items()]
 
 
 def _limits(description: Description) -> str:

@@ -160,6 +160,8 @@ class Result:
         settings: how they came about. notes: what a reader must know.
         units: of metrics, PERCENT or NUMBER; percent for those left out.
         details: what tables and pictures are made of, as JSON knows it.
+        data: another data set than the context's, where it was measured on that: its folder and description.
+        variant: what tells it from other results of the evaluator on the same data, such as the images' corruption.
     """
 
     metrics: dict[str, float]
@@ -167,6 +169,8 @@ class Result:
     notes: tuple[str, ...] = ()
     units: dict[str, str] = field(default_factory=dict)
     details: dict[str, object] = field(default_factory=dict)
+    data: tuple[Path, DatasetInfo] | None = None
+    variant: str = ""
 
 
 def count_hits(scores: Tensor, labels: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ def check(settings: Settings) -> None:
     elif not settings.dir.is_dir():
         raise UserError(f"corruption.dir {settings.dir}: there is no such folder")
     if settings.reference not in (None, ALEXNET):
-        reference_tables(Path(settings.reference), settings.reference_model)
+        reference_tables(Path(settings.reference), settings.reference_model, _variant(settings))
 
 
 def run(context: Context, settings: Settings) -> Result:
@@ -70,10 +70,10 @@ def run(context: Context, settings: Settings) -> Result:
     images = context.images
     if settings.dir is None:
         source = OnTheFly(images, settings.samples, settings.names)
-        clean, origin = _clean(context, source), "imagecorruptions, on the fly"
+        clean = _clean(context, source)
     else:
         source = open_folder(settings.dir, images, settings.samples)
-        clean, origin = context.val, str(settings.dir)
+        clean = context.val
     references = {name: _reference(settings, name, source.names) for name in ("linear", "knn")}
     layer, described = chosen_layer(context)
 
@@ -99,10 +99,10 @@ def run(context: Context, settings: Settings) -> Result:
         metrics[f"corrupted_{classifier}"] = float(np.mean(list(table.values())))
         errors, *notes = references[classifier]
         metrics[f"mce_{classifier}"] = mean_corruption_error(table, errors)
-    described = settings.model_dump(mode="json") | {"origin": origin, "linear": described, "knn": {"k": K}}
+    described = settings.model_dump(mode="json") | {"linear": described, "knn": {"k": K}}
     described["samples_used"] = len(source.labels(source.names[0], 1))
     details = {"accuracy": tables, "severities": list(SEVERITIES), "clean": on_clean}
-    return Result(metrics, described, tuple(notes), details=details)
+    return Result(metrics, described, tuple(notes), details=details, variant=_variant(settings))
 
 
 @torch.no_grad()
@@ -132,11 +132,13 @@ def mean_corruption_error(table: Table, reference: dict[str, float] | None) -> f
     )
 
 
-def reference_tables(path: Path, model: str) -> dict[str, Table]:
-    """The accuracies of each classifier that a file of results holds for `model`; UserError where it holds none."""
+def reference_tables(path: Path, model: str, variant: str) -> dict[str, Table]:
+    """The accuracies of each classifier that a file of results holds for `model` on images corrupted in the same way,
+    as `Result.variant` tells; UserError where it holds none."""
     try:
         records = json.loads(path.read_text())["results"]
-        found = [one for one in records if (one["evaluator"], one["model"]) == ("corruption", model)]
+        wanted = "corruption", model, variant
+        found = [one for one in records if (one["evaluator"], one["model"], one["variant"]) == wanted]
         return found[-1]["details"]["accuracy"]
     except OSError as error:
         raise UserError(
@@ -144,7 +146,8 @@ def reference_tables(path: Path, model: str) -> dict[str, Table]:
         ) from None
     except (ValueError, KeyError, TypeError, IndexError):
         raise UserError(
-            f"corruption.reference {path}: holds no result of corruption for {model} (corruption.reference_model)"
+            f"corruption.reference {path}: holds no result of corruption ({variant}) for {model} "
+            "(corruption.reference_model)"
         ) from None
 
 
@@ -176,6 +179,11 @@ def _clean(context: Context, source: OnTheFly) -> Features:
     return Features(*(column[rows] for column in context.val))
 
 
+def _variant(settings: Settings) -> str:
+    """Where the corrupted images come from."""
+    return settings.dir.resolve().name if settings.dir else "made on the fly"
+
+
 def _reference(settings: Settings, classifier: str, names: tuple[str, ...]) -> tuple[dict[str, float] | None, str]:
     """Summed errors of the reference in percent by corruption, and what a reader must know of it."""
     if settings.reference is None:
@@ -184,7 +192,7 @@ def _reference(settings: Settings, classifier: str, names: tuple[str, ...]) -> t
         errors = {name: len(SEVERITIES) * error for name, error in zip(COMMON, ALEXNET_ERRORS, strict=True)}
         note = "mce: relative to AlexNet's published errors on ImageNet-C; they mean nothing for other images"
     else:
-        table = reference_tables(Path(settings.reference), settings.reference_model)[classifier]
+        table = reference_tables(Path(settings.reference), settings.reference_model, _variant(settings))[classifier]
         errors = {name: sum(100 - value for value in values) for name, values in table.items()}
         note = f"mce: relative to the errors of {settings.reference_model} in {settings.reference}"
     if missing := [name for name in names if name not in errors]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,8 +22,9 @@ class Report:
 
     `path`: the JSON file, written anew with every result: {"checkpoint", "step", "results": [record, ...]}, a record a
     line. It tells the model, the evaluator, its metrics, their units ("%", or "" for plain numbers), its settings,
-    details and picture (a file beside `path`, or null), the data and the versions of packages. null is a number that
-    is not finite. `other_data`: these are not the data that the run was trained on.
+    details and picture (a file beside `path`, or null), the data that it was measured on, its variant (see `Result`)
+    and the versions of packages. null is a number that is not finite. `other_data`: these are not the data that the run
+    was trained on.
     """
 
     def __init__(self, path: Path, step: int, directory: Path, info: DatasetInfo, *, other_data: bool = False):
@@ -34,20 +36,21 @@ class Report:
     def add(
         self, model: str, evaluator: str, result: Result, surroundings: dict, figure: "Figure | None" = None
     ) -> None:
-        """Record one result, in place of an older one of the same model and evaluator on the same data."""
-        info = self.info
+        """Record one result, in place of an older one of the same model, evaluator and variant on the same data."""
+        directory, info = result.data or (self.directory, self.info)
         record = {
             "model": model,
             "evaluator": evaluator,
+            "variant": result.variant,
             "metrics": result.metrics,
             "units": {name: result.units.get(name, PERCENT) for name in result.metrics},
             "settings": result.settings,
             "notes": list(result.notes),
-            "picture": self._draw(figure, model, evaluator) if figure else None,
+            "picture": self._draw(figure, model, evaluator, result.variant) if figure else None,
             "details": result.details,
             **surroundings,
             "data": {
-                "dir": str(self.directory),
+                "dir": str(directory),
                 "digest": info.digest,
                 "source": info.source,
                 "classes": info.num_classes,
@@ -67,7 +70,7 @@ class Report:
         rows: dict[tuple[str, str, str], dict[str, float]] = {}
         for record in self.measured:
             for metric, value in record["metrics"].items():
-                row = record["evaluator"], metric, record["units"][metric]
+                row = self._label(record), metric, record["units"][metric]
                 rows.setdefault(row, {})[record["model"]] = value
         widths = [max(len(key[i]) for key in rows) for i in (0, 1)]
         lines = [
@@ -76,15 +79,22 @@ class Report:
             "",
             f"{'':{sum(widths) + 5}}" + "".join(f"{model:>12}" for model in models),
         ]
-        for (evaluator, metric, unit), values in rows.items():
+        for (label, metric, unit), values in rows.items():
             numbers = "".join(f"{_shown(values.get(model), unit):>12}" for model in models)
-            lines.append(f"{evaluator:{widths[0]}}  {metric:{widths[1]}}  {unit or '-'}{numbers}")
+            lines.append(f"{label:{widths[0]}}  {metric:{widths[1]}}  {unit or '-'}{numbers}")
         return "\n".join([*lines, "", *self.notes, f"written to {self.path}"])
 
-    def _draw(self, figure: "Figure", model: str, evaluator: str) -> str:
+    def _label(self, record: dict) -> str:
+        """The evaluator with its variant and, where that is not the data set of the others, what it was measured on."""
+        data, variant = record["data"], f" ({record['variant']})" if record["variant"] else ""
+        other = f" on {Path(data['dir']).name}" if data["digest"] != self.info.digest else ""
+        return f"{record['evaluator']}{variant}{other}"
+
+    def _draw(self, figure: "Figure", model: str, evaluator: str, variant: str) -> str:
         """Save a picture; returns its path beside the JSON file."""
         folder = self.path.with_suffix("")
-        name = "-".join([evaluator, *([model] if model != "trained" else []), *self.suffix])
+        own = [re.sub(r"[^\w.]+", "_", variant)] if variant else []
+        name = "-".join([evaluator, *own, *([model] if model != "trained" else []), *self.suffix])
         try:
             folder.mkdir(parents=True, exist_ok=True)
             figure.savefig(folder / f"{name}.png", dpi=120)
@@ -129,6 +139,6 @@ def _shown(value: float | None, unit: str) -> str:
     return f"{value:.2f}" if unit == PERCENT else f"{value:.4f}"
 
 
-def _subject(record: dict) -> tuple[str, str, str]:
+def _subject(record: dict) -> tuple[str, str, str, str]:
     """What a record is about: a newer one about the same takes its place."""
-    return record["model"], record["evaluator"], record["data"]["digest"]
+    return record["model"], record["evaluator"], record.get("variant", ""), record["data"]["digest"]

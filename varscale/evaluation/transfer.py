@@ -63,7 +63,8 @@ def run(context: Context, settings: Settings) -> Result:
         metrics |= {f"finetune_{name}": value for name, value in finetune(other, settings).items()}
     described = settings.model_dump(mode="json") | {"optimizer": "sgd", "momentum": MOMENTUM, "schedule": "cosine"}
     details = {"classes": info.num_classes, "train": info.num_samples("train"), "val": info.num_samples("val")}
-    return Result(metrics, described | {"linear": linear.settings, "digest": info.digest}, notes, details=details)
+    described |= {"linear": linear.settings}
+    return Result(metrics, described, notes, details=details, data=(directory, info))
 
 
 def finetune(context: Context, settings: Settings) -> dict[str, float]:

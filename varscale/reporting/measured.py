@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from varscale.reporting.content import Picture
 from varscale.reporting.plotting import COLOURS, INK, legend, picture
-from varscale.reporting.runs import TRAINED, Run
+from varscale.reporting.runs import TRAINED, Run, data_of, label_of
 from varscale.reporting.subjects import Subject
 
 if TYPE_CHECKING:
@@ -25,10 +26,13 @@ def comparisons(subjects: Sequence[Subject]) -> list[Picture]:
         if any(name.endswith(ending) for _, record in few for name in record["details"]):
             name, heading = f"few-shot-{ending}", f"few-shot top-1 (%), {title}: mean and 95 % interval"
             found.append(picture(name, heading, partial(_draw_few_shot, few=few, ending=ending)))
-    corrupted = [(one, record["details"]) for one in subjects if (record := one.record("corruption"))]
-    for classifier in dict.fromkeys(name for _, details in corrupted for name in details["accuracy"]):
-        name, heading = f"corruption-{classifier}", f"{classifier}: mean top-1 (%) by severity of corruption"
-        found.append(picture(name, heading, partial(_draw_corruption, corrupted=corrupted, classifier=classifier)))
+    for number, variant in enumerate(dict.fromkeys(name for one in subjects for name in one.variants("corruption"))):
+        records = ((one, one.variants("corruption").get(variant)) for one in subjects)
+        corrupted = [(one, record["details"]) for one, record in records if record]
+        for classifier in dict.fromkeys(name for _, details in corrupted for name in details["accuracy"]):
+            name = f"corruption-{classifier}" + (f"-{number + 1}" if number else "")
+            heading = f"{classifier}: mean top-1 (%) by severity of corruption" + (f", {variant}" if variant else "")
+            found.append(picture(name, heading, partial(_draw_corruption, corrupted=corrupted, classifier=classifier)))
     calibrated = [(one, record["details"]) for one in subjects if (record := one.record("calibration"))]
     for key, title in (("reliability", "fixed"), ("reliability_adaptive", "confidence-adaptive")):
         if calibrated:
@@ -136,7 +140,8 @@ def stored(run: Run, number: int) -> tuple[list[Picture], list[Picture], list[st
         if not path.is_file():
             missing.append(f"the picture {path} is gone")
             continue
-        title = record["evaluator"].replace("_", " ")
+        title, data = label_of(record).replace("_", " "), record.get("data", {})
+        title += f", on {Path(data['dir']).name}" if data_of(record) != run.data_digest else ""
         own = record["model"] == TRAINED
         name = f"{path.stem}-{number + 1}".replace("_", "-")
         one = Picture(name, title if own else f"{title}, {record['model']}", path.read_bytes())

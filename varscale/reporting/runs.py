@@ -38,6 +38,11 @@ def data_of(record: dict) -> str:
     return record.get("data", {}).get("digest", "")
 
 
+def label_of(record: dict) -> str:
+    """The evaluator of a record, with its variant where it has one."""
+    return f"{record['evaluator']} ({record['variant']})" if record.get("variant") else record["evaluator"]
+
+
 @dataclass(frozen=True)
 class Run:
     """One run.

@@ -16,7 +16,7 @@ from varscale.reporting.content import (
     Section,
     Table,
 )
-from varscale.reporting.runs import TRAINED, Run
+from varscale.reporting.runs import TRAINED, Run, label_of
 from varscale.reporting.subjects import Subject, subjects
 
 
@@ -135,7 +135,7 @@ def _notes(runs: Sequence[Run]) -> Section:
     blocks: list[Block] = []
     for run in runs:
         records = run.evaluations[-1].records if run.evaluations else []
-        notes = [f"{one['model']}, {one['evaluator']}: {note}" for one in records for note in one.get("notes", ())]
+        notes = [f"{one['model']}, {label_of(one)}: {note}" for one in records for note in one.get("notes", ())]
         table = tables.protocols(run)
         if notes or table:
             blocks.append(Paragraph(run.name))

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from varscale.reporting.plotting import COLOURS, GREYS
-from varscale.reporting.runs import PIXELS, TRAINED, UNTRAINED, Run, data_of
+from varscale.reporting.runs import PIXELS, TRAINED, UNTRAINED, Run, data_of, label_of
 
 
 @dataclass(frozen=True)
@@ -23,13 +23,17 @@ class Subject:
 
     def record(self, evaluator: str) -> dict | None:
         """The newest record of an evaluator on the run's own data."""
+        return next(reversed(self.variants(evaluator).values()), None)
+
+    def variants(self, evaluator: str) -> dict[str, dict]:
+        """The records of an evaluator on the run's own data, by their variants."""
         found = [one for one in self.records if (one["evaluator"], data_of(one)) == (evaluator, self.data_digest)]
-        return found[-1] if found else None
+        return {one.get("variant", ""): one for one in found}
 
     def metrics(self) -> dict[tuple, float | None]:
-        """Every value under (evaluator, metric, unit, digest of the data)."""
+        """Every value under (evaluator with its variant, metric, unit, digest of the data)."""
         return {
-            (one["evaluator"], name, unit_of(one, name), data_of(one)): value
+            (label_of(one), name, unit_of(one, name), data_of(one)): value
             for one in self.records
             for name, value in one["metrics"].items()
         }

@@ -9,7 +9,7 @@ from statistics import median
 from varscale.engine.manifest import flatten
 from varscale.reporting.content import Column, Table
 from varscale.reporting.published import PUBLISHED, data_set
-from varscale.reporting.runs import TRAINED, Run, data_of
+from varscale.reporting.runs import TRAINED, Run, data_of, label_of
 from varscale.reporting.subjects import Subject
 
 LABEL = "label"
@@ -49,7 +49,8 @@ def metrics(subjects: Sequence[Subject]) -> Table | None:
     if not subjects:
         return None
     values = [subject.metrics() for subject in subjects]
-    names = data_names(record for subject in subjects for record in subject.records)
+    own = {subject.data_digest for subject in subjects}
+    names = data_names((record for subject in subjects for record in subject.records), own)
     heads = [Column(one.name, "baseline" if one.is_baseline else "run") for one in subjects]
     rows = []
     for key in sorted(dict.fromkeys(key for one in values for key in one), key=lambda key: key[0] not in FIRST):
@@ -102,10 +103,10 @@ def _linear(subject: Subject) -> str:
     return shown(record["metrics"].get("top1")) if record else ""
 
 
-def data_names(records: Iterable[dict]) -> dict[str, str]:
-    """A name for each data set that was measured on; empty where it is the only one."""
+def data_names(records: Iterable[dict], own: set[str]) -> dict[str, str]:
+    """A name for each data set that was measured on; empty where it is the only one and, of `own`, was trained on."""
     places = {data_of(record): Path(record.get("data", {}).get("dir", "")).name for record in records}
-    if len(places) < 2:
+    if len(places) < 2 and places.keys() <= own:
         return dict.fromkeys(places, "")
     return {digest: f"on {name} ({digest[:8]})" for digest, name in places.items()}
 
@@ -115,7 +116,8 @@ def over_checkpoints(run: Run) -> Table | None:
     if len(run.evaluations) < 2:
         return None
     columns, found = [Column("metric", LABEL)], []
-    places = data_names(record for evaluation in run.evaluations for record in evaluation.records)
+    records = (record for evaluation in run.evaluations for record in evaluation.records)
+    places = data_names(records, {run.data_digest})
     for evaluation in run.evaluations:
         models = dict.fromkeys(record["model"] for record in evaluation.records)
         for model in sorted(models, key=lambda model: model != TRAINED):
@@ -131,13 +133,20 @@ def over_checkpoints(run: Run) -> Table | None:
 
 
 def corruptions(subjects: Sequence[Subject]) -> Table | None:
-    """Top-1 of each classifier by corruption, the mean over severities."""
-    details = [(one.record("corruption") or {}).get("details", {}).get("accuracy", {}) for one in subjects]
-    keys = list(dict.fromkeys((c, name) for one in details for c, table in one.items() for name in table))
-    columns = (Column("corruption, classifier", LABEL), *(Column(one.name) for one in subjects))
+    """Top-1 of each classifier by corruption, the mean over severities; images of each origin in rows of their own."""
+    found = [
+        {
+            (variant, classifier, name): values
+            for variant, record in one.variants("corruption").items()
+            for classifier, table in record["details"]["accuracy"].items()
+            for name, values in table.items()
+        }
+        for one in subjects
+    ]
+    columns = (Column("corruption, classifier, images", LABEL), *(Column(one.name) for one in subjects))
     rows = [
-        (f"{name}, {classifier}", *(_mean(one.get(classifier, {}).get(name)) for one in details))
-        for classifier, name in keys
+        (", ".join(filter(None, reversed(key))), *(_mean(one.get(key)) for one in found))
+        for key in dict.fromkeys(key for one in found for key in one)
     ]
     return Table(columns, rows) if rows else None
 
@@ -208,7 +217,7 @@ def protocols(run: Run) -> Table | None:
     """The settings of what was measured on a run's newest checkpoint."""
     records = run.evaluations[-1].records if run.evaluations else []
     rows = [
-        (one["evaluator"], one["model"], duration(one.get("seconds", 0)), json.dumps(one["settings"]))
+        (label_of(one), one["model"], duration(one.get("seconds", 0)), json.dumps(one["settings"]))
         for one in records
         if one.get("settings")
     ]
