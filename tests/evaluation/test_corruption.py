@@ -24,7 +24,7 @@ from varscale.evaluation.corrupted import (
     evaluation_crop,
     open_folder,
 )
-from varscale.evaluation.corruption import ALEXNET_ERRORS, Settings, check, mean_corruption_error, reference_tables, run
+from varscale.evaluation.corruption import Settings, check, run
 from varscale.evaluation.images import Images
 
 SIDE, CLASSES = 32, 3
@@ -82,40 +82,46 @@ def test_corrupted_images_are_a_function_of_seed_sample_corruption_and_severity(
 def test_severities_are_the_packages(images):
     import imagecorruptions
 
-    clean = OnTheFly(images, 30, COMMON).clean(np.arange(1))
+    source = OnTheFly(images, 30, COMMON)
+    clean = source.clean(np.arange(1))
     for severity in (1, 5):  # no chance is involved in contrast
         expected = imagecorruptions.corrupt(clean[0], severity, "contrast")
         np.testing.assert_array_equal(corrupt(clean, np.arange(1), "contrast", severity, 0)[0], expected)
+        np.testing.assert_array_equal(source.images("contrast", severity, np.arange(1))[0], expected)
 
 
-def test_on_the_fly_accuracy_falls_with_severity(images):
+def test_on_the_fly_accuracy_by_corruption_and_severity(images):
     settings = Settings(names=("contrast", "gaussian_noise"), samples=24)
     result = run(context_of(images), settings)
     table = result.details["accuracy"]["linear"]
     assert list(table) == ["contrast", "gaussian_noise"]
     assert all(len(values) == 5 for values in table.values())
     assert result.metrics["clean_linear"] == 100
-    assert table["contrast"][0] >= table["contrast"][4]
+    assert table["contrast"] == [100.0] * 5, "it leaves an image's mean colour as it is"
     assert result.metrics["corrupted_linear"] == pytest.approx(np.mean(list(table.values())))
-    assert result.metrics["mce_linear"] == pytest.approx(100 - result.metrics["corrupted_linear"])
-    assert "no reference" in result.notes[0]
+    assert set(result.metrics) == {f"{kind}_{name}" for kind in ("clean", "corrupted") for name in ("linear", "knn")}
+    assert result.notes == (), "without a reference there is no mean corruption error to be told of"
     assert result.settings["samples_used"] == 24
+    assert result.variant == "made on the fly"
     figure = corruption.draw(result.details)
     assert [axis.get_title() for axis in figure.axes] == ["linear classifier", "knn classifier"]
 
 
-def write_cifar_c(folder: Path, images: Images, seed: int = 0) -> np.ndarray:
-    """Two corruptions: brighter by 4 a severity, and nothing but noise at severity 5. Returns the labels."""
+BRIGHTNESS, NOISE = [90.0, 80.0, 70.0, 60.0, 50.0], [100.0, 100.0, 100.0, 100.0, 0.0]
+
+
+def write_cifar_c(folder: Path, images: Images) -> np.ndarray:
+    """Two corruptions that put images of the next class in the place of others, so that the accuracies of a classifier
+    without errors are BRIGHTNESS and NOISE. Returns the labels."""
     source = OnTheFly(images, 30, COMMON)
-    clean = source.clean(np.arange(30)).astype(int)
-    bright = np.concatenate([np.clip(clean + 4 * severity, 0, 255) for severity in range(1, 6)])
-    noise = np.random.default_rng(seed).integers(0, 256, clean.shape)
+    clean, labels = source.clean(np.arange(30)), source.labels("", 1).numpy()
+    of_class = [clean[np.flatnonzero(labels == c)[0]] for c in range(CLASSES)]
+    wrong = np.stack([of_class[(label + 1) % CLASSES] for label in labels])
     folder.mkdir()
-    labels = np.tile(source.labels("", 1).numpy(), 5)
-    np.save(folder / "brightness.npy", bright.astype(np.uint8))
-    np.save(folder / "gaussian_noise.npy", np.concatenate([*[clean] * 4, noise]).astype(np.uint8))
-    np.save(folder / "labels.npy", labels.astype(np.uint8))
-    return labels
+    for name, counts in (("brightness", (3, 6, 9, 12, 15)), ("gaussian_noise", (0, 0, 0, 0, 30))):
+        np.save(folder / f"{name}.npy", np.concatenate([[*wrong[:count], *clean[count:]] for count in counts]))
+    np.save(folder / "labels.npy", np.tile(labels, 5).astype(np.uint8))
+    return np.tile(labels, 5)
 
 
 def test_cifar_c_is_read_block_by_block(images, tmp_path):
@@ -127,10 +133,19 @@ def test_cifar_c_is_read_block_by_block(images, tmp_path):
     np.testing.assert_array_equal(source.images("brightness", 2, rows), stored[30 + rows])
     assert source.labels("brightness", 2).tolist() == labels[:30].tolist()
     result = run(context_of(images), Settings(dir=tmp_path / "c"))
-    table = result.details["accuracy"]["linear"]
-    assert table["brightness"][0] == 100
-    assert table["gaussian_noise"][:4] == [100] * 4
-    assert table["gaussian_noise"][4] < 70
+    expected = {"gaussian_noise": NOISE, "brightness": BRIGHTNESS}
+    assert result.details["accuracy"] == {"linear": expected, "knn": expected}
+    assert result.metrics == {"clean_linear": 100, "corrupted_linear": 75, "clean_knn": 100, "corrupted_knn": 75}
+    assert result.variant == "c"
+
+
+def test_of_a_folder_all_images_are_taken_unless_fewer_are_asked_for(images, tmp_path):
+    (tmp_path / "c").mkdir()
+    count = corruption.ON_THE_FLY + 2
+    np.save(tmp_path / "c" / "fog.npy", np.zeros((5 * count, SIDE, SIDE, 3), np.uint8))
+    np.save(tmp_path / "c" / "labels.npy", np.arange(5 * count) % CLASSES)
+    assert run(context_of(images), Settings(dir=tmp_path / "c")).settings["samples_used"] == count
+    assert run(context_of(images), Settings(dir=tmp_path / "c", samples=9)).settings["samples_used"] == 9
 
 
 def test_imagenet_c_is_read_from_folders(images, tmp_path):
@@ -163,36 +178,34 @@ def test_the_crop_is_that_of_the_loader():
     np.testing.assert_array_equal(evaluation_crop(image, 32), expected)
 
 
-def test_the_mean_error_is_relative_to_the_references():
-    table = {"fog": [90.0, 80, 70, 60, 50], "snow": [80.0, 80, 80, 80, 80]}
-    assert mean_corruption_error(table, None) == pytest.approx((30 + 20) / 2)
-    assert mean_corruption_error(table, {"fog": 300.0, "snow": 400.0}) == pytest.approx((50 + 25) / 2)
-
-
-def test_alexnet_itself_has_a_mean_error_of_100():
-    table = {name: [100 - error] * 5 for name, error in zip(COMMON, ALEXNET_ERRORS, strict=True)}
-    reference = {name: 5 * error for name, error in zip(COMMON, ALEXNET_ERRORS, strict=True)}
-    assert mean_corruption_error(table, reference) == pytest.approx(100)
+def test_the_mean_error_is_relative_to_alexnets(images, tmp_path):
+    write_cifar_c(tmp_path / "c", images)
+    result = run(context_of(images), Settings(dir=tmp_path / "c", reference="alexnet"))
+    expected = (150 / 5 / 0.564592 + 100 / 5 / 0.886428) / 2  # its errors on ImageNet-C's brightness and gaussian_noise
+    assert result.metrics["mce_linear"] == pytest.approx(expected, rel=1e-9)
+    assert result.metrics["mce_knn"] == pytest.approx(expected, rel=1e-9)
+    assert "AlexNet's published errors" in result.notes[0]
 
 
 def test_another_runs_result_is_a_reference(images, tmp_path):
-    settings = Settings(names=("contrast",), samples=24)
-    first = run(context_of(images), settings)
-    record = {"evaluator": "corruption", "model": "untrained", "variant": "made on the fly", "details": first.details}
+    write_cifar_c(tmp_path / "c", images)
+    accuracy = {"brightness": [88.0] * 5, "gaussian_noise": [60.0] * 5}  # errors: 60 and 200, ours 150 and 100
+    record = {"evaluator": "corruption", "model": "untrained", "variant": "c"}
+    record |= {"details": {"accuracy": {"linear": accuracy, "knn": accuracy | {"brightness": [70.0] * 5}}}}
     path = tmp_path / "results.json"
-    path.write_text(json.dumps({"results": [record]}))
-    relative = settings.model_copy(update={"reference": str(path), "reference_model": "untrained"})
-    result = run(context_of(images), relative)
-    errors = 100 - first.metrics["corrupted_linear"]
-    assert result.metrics["mce_linear"] == pytest.approx(100) if errors else True
+    path.write_text(json.dumps({"results": [record, record | {"variant": "other", "details": {}}]}))
+    settings = Settings(dir=tmp_path / "c", reference=str(path), reference_model="untrained")
+    result = run(context_of(images), settings)
+    assert result.metrics["mce_linear"] == pytest.approx((250 + 50) / 2)
+    assert result.metrics["mce_knn"] == pytest.approx((100 + 50) / 2)
     assert "relative to the errors of untrained" in result.notes[0]
-    with pytest.raises(UserError, match=r"holds no result of corruption \(made on the fly\) for trained"):
-        reference_tables(path, "trained", first.variant)
-    with pytest.raises(UserError, match=r"holds no result of corruption \(CIFAR-10-C\) for untrained"):
-        reference_tables(path, "untrained", "CIFAR-10-C")
-    more = relative.model_copy(update={"names": ("contrast", "fog")})
+    with pytest.raises(UserError, match=r"holds no result of corruption \(c\) for trained"):
+        check(settings.model_copy(update={"reference_model": "trained"}))
+    with pytest.raises(UserError, match=r"holds no result of corruption \(made on the fly\) for untrained"):
+        check(settings.model_copy(update={"dir": None}))
+    (tmp_path / "c" / "brightness.npy").rename(tmp_path / "c" / "fog.npy")
     with pytest.raises(UserError, match="has no errors for fog"):
-        run(context_of(images), more)
+        run(context_of(images), settings)
 
 
 def test_what_is_refused_beforehand(tmp_path, monkeypatch):

@@ -114,7 +114,7 @@ def corrupt(images: np.ndarray, samples: np.ndarray, name: str, severity: int, s
 class Arrays:
     """CIFAR-C: labels.npy and, for every corruption, NAME.npy of five equal blocks, from the mildest on."""
 
-    def __init__(self, folder: Path, num_classes: int, size: int, samples: int, seed: int) -> None:
+    def __init__(self, folder: Path, num_classes: int, size: int, samples: int | None, seed: int) -> None:
         self.size = size
         self.arrays = {path.stem: _open(path) for path in sorted(folder.glob("*.npy")) if path.stem != "labels"}
         self.names = _in_order(self.arrays)
@@ -143,7 +143,7 @@ class Arrays:
 class Folders:
     """ImageNet-C: CORRUPTION/SEVERITY/CLASS/image files, possibly with a folder such as `blur` around corruptions."""
 
-    def __init__(self, folder: Path, classes: Sequence[str], size: int, samples: int, seed: int) -> None:
+    def __init__(self, folder: Path, classes: Sequence[str], size: int, samples: int | None, seed: int) -> None:
         self.size, self.folder = size, folder
         inside = sorted(path for path in folder.iterdir() if path.is_dir())
         inside += sorted(path for group in inside if not _has_severities(group) for path in group.iterdir())
@@ -163,8 +163,11 @@ class Folders:
         return np.stack([evaluation_crop(_decode(paths[row]), self.size) for row in rows])
 
 
-def open_folder(folder: Path, images: Images, samples: int) -> Source:
-    """CIFAR-C's or ImageNet-C's folder. Raises UserError where it is neither, or does not fit the data."""
+def open_folder(folder: Path, images: Images, samples: int | None) -> Source:
+    """CIFAR-C's or ImageNet-C's folder. samples: of each corruption and severity at most; None: all.
+
+    Raises UserError where it is neither, or does not fit the data.
+    """
     size, seed = images.random_crop.size, images.seed
     if not folder.is_dir():
         raise UserError(f"corruption.dir {folder}: there is no such folder")
@@ -219,7 +222,7 @@ def _has_severities(path: Path) -> bool:
     return all((path / str(severity)).is_dir() for severity in SEVERITIES)
 
 
-def _list_images(folder: Path, classes: Sequence[str], samples: int, seed: int) -> tuple[list[Path], Tensor]:
+def _list_images(folder: Path, classes: Sequence[str], samples: int | None, seed: int) -> tuple[list[Path], Tensor]:
     numbers = {name: number for number, name in enumerate(classes)}
     paths, labels = [], []
     for path in sorted(folder.iterdir()):

@@ -26,6 +26,7 @@ Table = dict[str, list[float]]
 
 LINES = ("-", "--", ":")  # of ten corruptions each
 K, TEMPERATURE = 20, 0.07  # of kNN
+ON_THE_FLY = 1_000  # images of each corruption and severity, where they have to be made
 ALEXNET = "alexnet"
 # Errors of AlexNet on ImageNet-C, mean over severities: the published reference, of hendrycks/robustness on GitHub.
 ALEXNET_ERRORS = (
@@ -36,13 +37,13 @@ ALEXNET_ERRORS = (
 
 class Settings(Section):
     """dir: a folder like CIFAR-C's or ImageNet-C's; without it the corruptions are made on the fly. names: of those
-    made on the fly. samples: validation images of each corruption and severity at most, balanced over classes.
-    reference: whose error the mean corruption error is relative to: `alexnet` (for ImageNet-C), or a file of results,
-    such as RUN/evaluation/CHECKPOINT.json. reference_model: in that file."""
+    made on the fly. samples: images of each corruption and severity at most, balanced over classes; by default all of a
+    folder's, 1,000 of those made on the fly. reference: whose error the mean corruption error is relative to: `alexnet`
+    (for ImageNet-C), or a file of results, such as RUN/evaluation/CHECKPOINT.json. reference_model: in that file."""
 
     dir: Path | None = None
     names: Annotated[tuple[str, ...], Field(min_length=1)] = COMMON
-    samples: PositiveInt = 1_000
+    samples: PositiveInt | None = None
     reference: str | None = None
     reference_model: str = "trained"
 
@@ -65,11 +66,11 @@ def run(context: Context, settings: Settings) -> Result:
     where they are made on the fly, else on the validation split.
 
     `mce`: the mean over corruptions of the error summed over severities, divided by the reference's (Hendrycks &
-    Dietterich, arXiv 1903.12261, there with AlexNet on ImageNet-C). Without a reference it is the mean error itself.
+    Dietterich, arXiv 1903.12261, there with AlexNet on ImageNet-C). Without a reference there is none.
     """
     images = context.images
     if settings.dir is None:
-        source = OnTheFly(images, settings.samples, settings.names)
+        source = OnTheFly(images, settings.samples or ON_THE_FLY, settings.names)
         clean = _clean(context, source)
     else:
         source = open_folder(settings.dir, images, settings.samples)
@@ -92,13 +93,14 @@ def run(context: Context, settings: Settings) -> Result:
                 for classifier, value in accuracies(encode_source(context, source, name, severity)).items():
                     tables[classifier].setdefault(name, []).append(value)
                 bar.update()
-    metrics, notes, on_clean = {}, (), accuracies(clean)
+    metrics, notes, on_clean = {}, [], accuracies(clean)
     for classifier, value in on_clean.items():
         table = tables[classifier]
         metrics[f"clean_{classifier}"] = value
         metrics[f"corrupted_{classifier}"] = float(np.mean(list(table.values())))
-        errors, *notes = references[classifier]
-        metrics[f"mce_{classifier}"] = mean_corruption_error(table, errors)
+        if reference := references[classifier]:
+            errors, *notes = reference
+            metrics[f"mce_{classifier}"] = mean_corruption_error(table, errors)
     described = settings.model_dump(mode="json") | {"linear": described, "knn": {"k": K}}
     described["samples_used"] = len(source.labels(source.names[0], 1))
     details = {"accuracy": tables, "severities": list(SEVERITIES), "clean": on_clean}
@@ -122,11 +124,9 @@ def encode_source(context: Context, source: Source, name: str, severity: int) ->
     return Features(torch.cat(parts), labels, torch.arange(len(labels)))
 
 
-def mean_corruption_error(table: Table, reference: dict[str, float] | None) -> float:
-    """In percent. reference: for every corruption the reference's error in percent, summed over severities, or None."""
+def mean_corruption_error(table: Table, reference: dict[str, float]) -> float:
+    """In percent. reference: for every corruption the reference's error in percent, summed over severities."""
     errors = {name: sum(100 - value for value in values) for name, values in table.items()}
-    if reference is None:
-        return float(np.mean([error / len(SEVERITIES) for error in errors.values()]))
     return float(
         np.mean([100 * error / reference[name] if reference[name] else np.nan for name, error in errors.items()])
     )
@@ -184,10 +184,10 @@ def _variant(settings: Settings) -> str:
     return settings.dir.resolve().name if settings.dir else "made on the fly"
 
 
-def _reference(settings: Settings, classifier: str, names: tuple[str, ...]) -> tuple[dict[str, float] | None, str]:
-    """Summed errors of the reference in percent by corruption, and what a reader must know of it."""
+def _reference(settings: Settings, classifier: str, names: tuple[str, ...]) -> tuple[dict[str, float], str] | None:
+    """Summed errors of the reference in percent by corruption, and what a reader must know of it; None without one."""
     if settings.reference is None:
-        return None, "mce: no reference, so the mean error itself, not divided by another's"
+        return None
     if settings.reference == ALEXNET:
         errors = {name: len(SEVERITIES) * error for name, error in zip(COMMON, ALEXNET_ERRORS, strict=True)}
         note = "mce: relative to AlexNet's published errors on ImageNet-C; they mean nothing for other images"

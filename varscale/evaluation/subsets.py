@@ -6,8 +6,9 @@ from torch import Tensor
 from varscale.data.sampling import epoch_order
 
 
-def balanced(labels: Tensor, count: int, seed: int) -> np.ndarray:
-    """Up to `count` samples, of each class as many as of any other or all there are: ascending indices (n,) int64."""
+def balanced(labels: Tensor, count: int | None, seed: int) -> np.ndarray:
+    """Up to `count` samples, of each class as many as of any other or all there are: ascending indices (n,) int64.
+    None: all samples."""
     order, occurrence = _occurrences(labels, seed, 0)
     return np.sort(order[np.argsort(occurrence, kind="stable")[:count]])
 
