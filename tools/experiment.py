@@ -8,7 +8,8 @@
 
 The experiments are lists in tools/experiments.yaml. Given again, the command goes on where it was interrupted: finished
 runs are not trained again, and what was measured is not measured again. With --submit the runs become one Slurm job
-array (what else is given goes to slurm/submit.py); the same command without it measures them once they are done.
+array (what else is given goes to slurm/submit.py); the same command without it measures them once they are done. The
+table has every run that was measured with these settings, also by an earlier command with another --only or --seeds.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import difflib
 import statistics
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import yaml
 
 from varscale.config import Config, load_config, to_yaml
+from varscale.data.dataset import read_dataset_info
+from varscale.engine.manifest import refuse_another_run
 from varscale.engine.rundir import read_manifest, read_results
 from varscale.errors import UserError
 from varscale.files import replace_text
@@ -51,15 +55,17 @@ def main(arguments: list[str] | None = None) -> int:
             print(catalogue(lists["experiments"]))
             return 0
         experiment = chosen(lists["experiments"], options.name)
-        trials = plan(experiment, lists["scales"][options.scale], options)
+        scale = lists["scales"][options.scale]
+        trials = plan(experiment, scale, options)
         folder = options.out / f"{options.name}-{options.scale}"
         if options.submit:
             return submit(trials, folder, passed_on)
+        refuse_while_submitted(trials, folder)
         for number, trial in enumerate(trials, start=1):
             print(f"\n== {number} of {len(trials)}: {trial.config.output_dir} ==", flush=True)
             train(trial.config, folder)
             measure(trial.config.output_dir)
-        show(experiment["question"], trials, folder)
+        show(experiment["question"], all_measured(experiment, scale, options, folder), folder)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -172,6 +178,41 @@ def results(run: Path) -> dict[str, dict[str, float]]:
         return {}
 
 
+def all_measured(experiment: dict, scale: dict, options: argparse.Namespace, folder: Path) -> list[Trial]:
+    """Those of an experiment's runs, of any name and seed, that were made with these settings and measured."""
+    seeds = [int(path.name.rpartition("-seed")[2]) + 1 for path in folder.glob("*-seed[0-9]*")]
+    trials: list[Trial] = []
+    for label in variants(experiment, options.scale):
+        one = argparse.Namespace(**vars(options) | {"only": [label], "seeds": max(seeds, default=1)})
+        with suppress(UserError):  # overrides for some of the runs need not fit the others
+            trials += plan(experiment, scale, one)
+    return [one for one in trials if _is_made(one.config) and not not_measured(one.config.output_dir)]
+
+
+def _is_made(config: Config) -> bool:
+    """Whether the run in its directory is one of this configuration and data."""
+    run = config.output_dir
+    try:
+        refuse_another_run(read_manifest(run), config, read_dataset_info(config.data.dir).digest, run)
+    except UserError:
+        return False
+    return True
+
+
+def refuse_while_submitted(trials: list[Trial], folder: Path) -> None:
+    """Raises UserError while a job of the folder's runs waits or runs: both would train the same directories."""
+    from varscale.cluster import watching
+    from varscale.cluster.submission import submissions_of
+
+    places = [folder, *(trial.config.output_dir for trial in trials)]
+    for submission in {one.folder: one for place in places for one in submissions_of(place)}.values():
+        if not all(state.is_over for state in watching.states(submission)):
+            raise UserError(
+                f"{folder}: job {submission.job} is at its runs; give this command again when it has ended "
+                f"(python slurm/submit.py status {submission.folder.parents[1]})"
+            )
+
+
 def _run(*arguments: str) -> None:
     done = subprocess.run([sys.executable, *arguments], cwd=ROOT)
     if done.returncode:
@@ -199,8 +240,10 @@ def show(question: str, trials: list[Trial], folder: Path) -> None:
 
 def table(question: str, found: dict[str, Values], config: Config) -> str:
     """Markdown: a row a variant, top-1 in percent, with several seeds mean and 95 % interval of the mean."""
-    seeds = len(next(iter(next(iter(found.values())).values())))
-    of_seeds = f"mean of {seeds} seeds and 95 % interval of the mean" if seeds > 1 else f"seed {config.seed}"
+    seeds = {label: len(next(iter(values.values()))) for label, values in found.items()}
+    fewest, most = min(seeds.values()), max(seeds.values())
+    number = most if fewest == most else f"{fewest} to {most}"
+    of_seeds = f"mean of {number} seeds and 95 % interval of the mean" if most > 1 else f"seed {config.seed}"
     lines = [
         f"{question}\n\nTop-1 in percent on held-out images of {config.data.dir.name}; {config.encoder.name}, "
         f"{config.schedule.epochs} epochs unless the row says otherwise; {of_seeds}.\n",
@@ -209,7 +252,8 @@ def table(question: str, found: dict[str, Values], config: Config) -> str:
     ]
     for label, values in found.items():
         cells = [cell(column) for column in values.values()]
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+        name = label if fewest == most else f"{label} (seeds: {seeds[label]})"
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 

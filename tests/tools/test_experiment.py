@@ -3,11 +3,18 @@
 import argparse
 import json
 import statistics
+import subprocess
+import sys
 from pathlib import Path
 
 import made_runs
 import pytest
 import yaml
+
+from varscale.cluster.submission import Run, Submission
+from varscale.data.dataset import read_dataset_info
+from varscale.engine.checkpoints import write_checkpoint
+from varscale.engine.manifest import write_manifest
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +113,61 @@ def test_measured_is_what_the_table_shows_on_the_runs_own_data(experiment, tmp_p
     assert experiment.not_measured(run) == ["knn"]
     made_runs.measure(run, 12, own[0], other)
     assert experiment.not_measured(run) == ["knn", "linear_cached"]
+
+
+def finish(trial, digest, knn, linear):
+    """What a run leaves that was trained on data of this digest and measured."""
+    run = trial.config.output_dir
+    write_manifest(trial.config, {}, digest, world_size=1, device="cpu")
+    write_checkpoint(run, 12, {}, {}, keep=1)
+    data = {"dir": "d", "digest": digest}
+    records = [("knn", {"top1_k20": knn}), ("linear_cached", {"top1": linear})]
+    made_runs.measure(run, 12, *(made_runs.record(name, metrics, data=data) for name, metrics in records))
+
+
+def test_the_table_has_all_runs_of_the_same_settings_that_were_measured(experiment, lists, digits, tmp_path):
+    content, scale, digest = lists["experiments"]["epsilon"], lists["scales"]["smoke"], read_dataset_info(digits).digest
+    given = {"name": "epsilon", "out": tmp_path, "data": digits}
+    folder = tmp_path / "epsilon-smoke"
+    trials = {(t.label, t.config.seed): t for t in experiment.plan(content, scale, options(**given, seeds=2))}
+    for number, key in enumerate([("0.0", 0), ("0.0", 1), ("0.05", 0)]):
+        finish(trials[key], digest, 50.0 + number, 60.0 + number)
+    finish(trials["0.02", 0], "digest of other data", 1.0, 1.0)
+    last = options(**given, only=["0.05"])
+    experiment.show("?", experiment.all_measured(content, scale, last, folder), folder)
+    rows = [line.split("|")[1:3] for line in (folder / "table.md").read_text().splitlines() if line.startswith("| 0")]
+    assert rows == [[" 0.0 (seeds: 2) ", " 50.50 ± 6.35 "], [" 0.05 (seeds: 1) ", " 52.00 "]]
+    assert "mean of 1 to 2 seeds" in (folder / "table.md").read_text()
+    others = options(**given, set=["optimizer.lr=7"])
+    assert experiment.all_measured(content, scale, others, folder) == []
+
+
+def test_settings_that_fit_only_some_runs_give_a_table_of_these(experiment, lists, digits, tmp_path):
+    content, scale = lists["experiments"]["compare"], lists["scales"]["smoke"]
+    given = options(name="compare", out=tmp_path, data=digits, only=["varcon"], set=["objective.epsilon=0.01"])
+    (trial,) = experiment.plan(content, scale, given)
+    finish(trial, read_dataset_info(digits).digest, 50.0, 60.0)
+    assert experiment.all_measured(content, scale, given, tmp_path / "compare-smoke") == [trial]
+
+
+def test_it_waits_for_a_submission_of_its_runs(experiment, digits, tmp_path, capsys):
+    folder = tmp_path / "epsilon-smoke"
+    place = folder / "slurm" / "20260101-000000"
+    place.mkdir(parents=True)
+    run = Run("a", folder / "0.02-seed0", place / "0.yaml", 10)
+    leader = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", str(place)])
+    Submission(place, "local", 1, 1, 3, [run], str(leader.pid)).save()
+    arguments = ["epsilon", "--only", "0.02", "--data", str(digits), "--out", str(tmp_path)]
+    try:
+        assert experiment.main(arguments) == 2
+    finally:
+        leader.kill()
+        leader.wait()
+    told = capsys.readouterr().err
+    assert f"{folder}: job {leader.pid} is at its runs" in told
+    assert len(told.splitlines()) == 1
+    assert not (folder / "0.02-seed0").exists()
+    experiment.refuse_while_submitted([], folder)  # it has ended
 
 
 @pytest.mark.slow
