@@ -14,11 +14,13 @@ from PIL import Image
 
 from varscale.config import load_config
 from varscale.data.conversion import convert
+from varscale.data.dataset import read_dataset_info
 from varscale.data.sources import open_source
-from varscale.encoder.runs import new_encoder
-from varscale.engine.checkpoints import write_checkpoint
+from varscale.encoder.runs import new_encoder, trained_encoder
+from varscale.engine.checkpoints import read_part, write_checkpoint
 from varscale.engine.manifest import write_manifest
-from varscale.evaluate import main
+from varscale.evaluate import main, open_images
+from varscale.evaluation.context import Context, Place
 
 TRAIN, VAL, CLASSES = 60, 30, 4
 
@@ -298,6 +300,31 @@ def test_pictures_and_details_lie_beside_the_results(run, data, tmp_path):
     }
     assert len(found["trained", "clustering"]["details"]["linkage"]) == CLASSES - 1
     assert found["trained", "calibration"]["notes"][0].startswith("there is no projection head")
+
+
+def test_the_classifier_of_a_run_is_measured_by_itself(run, data, capsys):
+    """One whose weights tell the colours of the classes apart by the features' own means."""
+    checkpoint = run / "checkpoints" / "step-00000042"
+    network = read_part(checkpoint, "model")
+    encoder, config, _ = trained_encoder(run)
+    info = read_dataset_info(data[0])
+    images = open_images(data[0], info, info, config, 1)
+    train = Context(encoder, images, Place(torch.device("cpu"), batch_size=16)).train
+    means = torch.stack([train.features[train.labels == c].mean(dim=0) for c in range(CLASSES)])
+    head = {
+        "head.weight": 2 * means,
+        "head.bias": -means.square().sum(dim=1),
+    }  # the nearest mean has the greatest logit
+    write_checkpoint(run, 42, {"model": network | head}, {}, keep=1)
+    assert main(["--checkpoint", str(run), "classifier", "--baselines"]) == 0
+    found = results(run)
+    val = Context(encoder, images, Place(torch.device("cpu"), batch_size=16)).val
+    nearest = torch.cdist(val.features.double(), means.double()).argmin(dim=1)
+    expected = 100 * int((nearest == val.labels).sum()) / VAL
+    assert found["trained", "classifier"]["metrics"]["top1"] == pytest.approx(expected)
+    assert expected > 50
+    assert found["untrained", "classifier"]["metrics"] == {"top1": None, "top5": None}
+    assert "there is no classifier beside this encoder" in capsys.readouterr().out
 
 
 def test_transfer_to_data_of_other_classes_and_sizes(run, tmp_path):

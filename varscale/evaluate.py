@@ -40,7 +40,7 @@ from varscale.evaluation.context import Context, Place
 from varscale.evaluation.features import Encode
 from varscale.evaluation.images import Images, check_labelled
 from varscale.evaluation.results import Report
-from varscale.models.embedding import embedding_head
+from varscale.models.embedding import classifier_head, embedding_head
 
 PIXEL_SIDE = 32
 TRAINED, UNTRAINED, PIXELS = "trained", "untrained", "pixels"
@@ -54,6 +54,7 @@ class Model(NamedTuple):
     encoder: nn.Module | None
     head: nn.Module | None
     digest: str
+    classifier: nn.Module | None = None
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -151,6 +152,7 @@ def evaluate(options: argparse.Namespace) -> list[dict]:
             place,
             encoder=model.encoder,
             head=model.head,
+            classifier=model.classifier,
             objective=config.objective,
             digest=f"{model.digest} {options.precision}",
             cache=None if options.no_cache else cache,
@@ -179,8 +181,10 @@ def models(
     encoder: nn.Module, checkpoint: Path, config: Config, accelerator: Accelerator, baselines: bool
 ) -> Iterator[Model]:
     """What is to be measured, one after the other: the trained encoder and, where asked for, the baselines."""
-    head = embedding_head(read_part(checkpoint, "model"), encoder.feature_dim)
-    yield _model(TRAINED, encoder, head, config, accelerator)
+    network = read_part(checkpoint, "model")
+    head, classifier = (find(network, encoder.feature_dim) for find in (embedding_head, classifier_head))
+    trained = _model(TRAINED, encoder, head, config, accelerator)
+    yield trained._replace(classifier=classifier.to(accelerator.device) if classifier else None)
     if baselines:
         yield _model(UNTRAINED, new_encoder(config), None, config, accelerator)
         yield Model(PIXELS, pixels, None, None, f"pixels {PIXEL_SIDE}")

@@ -15,6 +15,7 @@ from varscale.config import Section
 from varscale.evaluation import (
     alignment_uniformity,
     calibration,
+    classifier,
     clustering,
     corruption,
     dispersion,
@@ -30,6 +31,7 @@ EVALUATORS: dict[str, ModuleType] = {
     "knn": knn,
     "linear": linear,
     "linear_cached": linear_cached,
+    "classifier": classifier,
     "few_shot": few_shot,
     "clustering": clustering,
     "transfer": transfer,

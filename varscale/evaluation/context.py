@@ -54,6 +54,7 @@ class Context:
         images: the data set. place: this process among the others.
         encoder: the network behind `encode`; None where there is none, as for raw pixels.
         head: what training put behind the encoder, features (N, d) -> unit-norm embeddings (N, D); None without one.
+        classifier: what training put there to classify, features (N, d) -> logits (N, C); None without one.
         objective: what it was trained with.
         digest: of all that `encode` depends on; features are kept in `cache` under it, where there is one.
     """
@@ -63,6 +64,7 @@ class Context:
     place: Place
     encoder: nn.Module | None = None
     head: nn.Module | None = None
+    classifier: nn.Module | None = None
     objective: Section | None = None
     digest: str = ""
     cache: FeatureCache | None = None

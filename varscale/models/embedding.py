@@ -38,6 +38,16 @@ def embedding_head(network: Mapping[str, Tensor], feature_dim: int) -> nn.Module
     return Embedding(parts).eval().requires_grad_(False) if parts else None
 
 
+def classifier_head(network: Mapping[str, Tensor], feature_dim: int) -> nn.Linear | None:
+    """The linear layer (N, d) -> logits (N, C) of a trained network that classifies; None where it has none."""
+    tensors = _below(network, "head.")
+    if tensors.keys() != {"weight", "bias"} or tensors["weight"].shape[1:] != (feature_dim,):
+        return None
+    layer = nn.Linear(feature_dim, len(tensors["weight"]))
+    layer.load_state_dict(tensors)
+    return layer.eval().requires_grad_(False)
+
+
 def _parts(network: Mapping[str, Tensor], feature_dim: int) -> dict[str, nn.Module]:
     if "head.2.weight" in network:
         embedding_dim, hidden_dim = network["head.2.weight"].shape

@@ -61,8 +61,8 @@ def _results(runs: Sequence[Run], columns: Sequence[Subject]) -> Section:
         blocks += [Paragraph(told), table]
     if table := tables.published(columns):
         told = (
-            "Published by others, not measured here. Beside it the linear accuracy of our runs on the same data, "
-            "whatever their encoder and epochs."
+            "Published by others, not measured here. Beside it, of our runs on the same data, that of the same kind of "
+            "classifier, linear or the run's own, whatever their encoder and epochs."
         )
         blocks += [Paragraph(told), table]
     if pictures := measured.comparisons(columns):

@@ -14,6 +14,7 @@ from varscale.reporting.subjects import Subject
 
 LABEL = "label"
 FIRST = ("knn", "linear", "linear_cached")  # of the evaluators
+OURS = {"linear": ("linear", "linear_cached"), "classifier": ("classifier",)}  # evaluators by published protocol
 INTERVAL = "_ci95"  # of a metric: half the width of the interval of the one without it
 
 
@@ -70,16 +71,16 @@ def metric_label(key: tuple[str, str, str, str], names: dict[str, str]) -> str:
 
 
 def published(subjects: Sequence[Subject]) -> Table | None:
-    """What others published on the data sets that were trained and measured on, and our linear accuracy beside it,
-    where it was measured on the row's data set."""
+    """What others published on the data sets that were trained and measured on, and our accuracy beside it, of the same
+    kind of classifier on the row's data set."""
     own = [(one, _data_set(one)) for one in subjects if not one.is_baseline]
     columns = (Column("published elsewhere", LABEL), Column("published top-1 (%)", "published"))
-    columns += tuple(Column(f"ours, linear: {one.name}") for one, _ in own)
+    columns += tuple(Column(f"ours: {one.name}") for one, _ in own)
     rows = [
         (
             f"{one.objective}, {one.encoder}, {one.data}, {one.protocol} ({one.source})",
             shown(one.top1),
-            *(_linear(subject) if "linear" in one.protocol and data == one.data else "" for subject, data in own),
+            *(_ours(subject, one.protocol) if data == one.data else "" for subject, data in own),
         )
         for one in PUBLISHED
         if one.data in {data for _, data in own}
@@ -97,9 +98,10 @@ def _data_set(subject: Subject) -> str | None:
     return next((data_set(one["data"]) for one in subject.records if data_of(one) == subject.data_digest), None)
 
 
-def _linear(subject: Subject) -> str:
-    """Of ours, what stands beside a published linear accuracy."""
-    record = subject.record("linear") or subject.record("linear_cached")
+def _ours(subject: Subject, protocol: str) -> str:
+    """What stands beside an accuracy published by a protocol."""
+    kind = next((kind for kind in OURS if kind in protocol), "")
+    record = next((record for name in OURS.get(kind, ()) if (record := subject.record(name))), None)
     return shown(record["metrics"].get("top1")) if record else ""
 
 
