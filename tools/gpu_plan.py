@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # varscale is imported from here, whether it is installed or not
 TOY_PATIENCE = 10  # times the limits of the real run
 SAFE_SHARE = 0.85  # of the time for training that epochs may take by the step's time: the rest is checkpoints and kNN
 

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import sysconfig
 import time
 
 import pytest
@@ -73,6 +74,20 @@ def test_the_third_run_in_small(run, tmp_path):
     measured = found["evaluation"]["left"][0]
     assert "linear_cached" in json.dumps(measured)
     assert "knn" in json.dumps(measured)
+
+
+def test_the_third_run_needs_no_installed_varscale(repository, tmp_path):
+    code = "import runpy, sys; plan = runpy.run_path(sys.argv[1]); print(next(plan['training'](plan['parse_arguments']("
+    code += "['3', '--toy', '--out', 'out', '--work', 'work']))).title)"
+    ended = subprocess.run(
+        # Without the site's .pth files there are other packages, but none that is installed in place.
+        [sys.executable, "-S", "-c", code, repository / "tools" / "gpu_plan.py"],
+        env={"PYTHONPATH": sysconfig.get_path("purelib"), "PATH": os.environ["PATH"]},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert ended.stdout.strip() == "conversion", ended.stderr
 
 
 def test_a_stage_that_fails_and_one_that_hangs_are_told_and_the_others_go_on(plan, monkeypatch, tmp_path, capsys):
