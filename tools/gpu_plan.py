@@ -27,6 +27,14 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # varscale is imported from here, whether it is installed or not
 TOY_PATIENCE = 10  # times the limits of the real run
+GPU_TESTS = [  # of whole runs first: they tell the most
+    "tests/test_waiting.py",
+    "tests/test_profile_runs.py",
+    "tests/engine/test_throughput.py",
+    "tests/distributed/test_norm.py",
+    "tests/test_survival.py",
+    "tests/data/test_augment.py",
+]
 SAFE_SHARE = 0.85  # of the time for training that epochs may take by the step's time: the rest is checkpoints and kNN
 
 
@@ -87,12 +95,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 def kernels(options: argparse.Namespace) -> Stages:
     """Run 1: the tests that need a GPU, kernels, loaders."""
-    tests = ["tests/data/test_augment.py"] if options.toy else ["tests", "--continue-on-collection-errors"]
-    yield Stage(
-        "tests that need a GPU",
-        python("-m", "pytest", "-q", "-m", "gpu and not slow", "-p", "no:cacheprovider", *tests),
-        180,
-    )
+    yield gpu_tests(GPU_TESTS[-1:] if options.toy else GPU_TESTS, 180)
     small = ["--shapes", "64,10,16", "--repeats", "1"] if options.toy else ["--device", "cuda"]
     yield Stage("objectives", tool("bench_objectives", *small), 90)
     settings = ["--config", "imagenet100-varcon", "batch.global_batch_size=64", "--sizes", "32", "224"]
@@ -180,6 +183,13 @@ def training(options: argparse.Namespace) -> Stages:
     yield Stage(f"training, {epochs} epochs", command, round(60 * options.minutes) + 60, (f"{run}/metrics.jsonl",))
     evaluators = python("-m", "varscale.evaluate", "--checkpoint", str(run), "knn", "linear_cached")
     yield Stage("evaluation", evaluators, 120, (f"{run}/evaluation/*.json",))
+
+
+def gpu_tests(files: list[str], limit: int) -> Stage:
+    """Each test and its time are told as it ends, for what happens where the stage does not come to its own end."""
+    arguments = ["-v", "--durations=0", "-m", "gpu and not slow", "-p", "no:cacheprovider"]
+    arguments.append("--continue-on-collection-errors")
+    return Stage("tests that need a GPU", python("-m", "pytest", *arguments, *files), limit)
 
 
 def epochs_that_fit(minutes: float, steps_per_epoch: int, step_seconds: float) -> int:

@@ -76,6 +76,12 @@ def test_the_third_run_in_small(run, tmp_path):
     assert "knn" in json.dumps(measured)
 
 
+def test_the_plan_knows_all_tests_that_need_a_gpu(plan, repository):
+    mark = "@pytest.mark." + "gpu"
+    marked = {path for path in (repository / "tests").rglob("test_*.py") if mark in path.read_text()}
+    assert {repository / name for name in plan.GPU_TESTS} == marked
+
+
 def test_the_third_run_needs_no_installed_varscale(repository, tmp_path):
     code = "import runpy, sys; plan = runpy.run_path(sys.argv[1]); print(next(plan['training'](plan['parse_arguments']("
     code += "['3', '--toy', '--out', 'out', '--work', 'work']))).title)"
