@@ -39,6 +39,7 @@ from loader_contenders import COLOUR, CONTENDERS, CROP, Images, Job, Views
 from loader_images import are_arrays, write_images
 
 from varscale.errors import UserError
+from varscale.files import replace_text
 
 FILES = {"count": 1024, "batch_size": 64, "size": 224}
 ARRAYS = {"count": 16384, "batch_size": 512, "size": 32}
@@ -66,7 +67,10 @@ def main(arguments: list[str]) -> int:
     try:
         with tempfile.TemporaryDirectory() as folder:
             description = write_images(options.images, options.count, Path(folder))
-            rates = compare(options, folder)
+            for rates in compare(options, folder):
+                if options.json:
+                    found = [{"loader": key[0], "cores": key[1], "images_per_second": rates[key]} for key in rates]
+                    replace_text(options.json, json.dumps({"images": description, "rates": found}, indent=1) + "\n")
     except UserError as error:
         print(f"bench_loader.py: {error}", file=sys.stderr)
         return 2
@@ -94,13 +98,17 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--cores", type=int, nargs="+", default=sorted({1, len(os.sched_getaffinity(0))}))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), metavar="NAME")
+    parser.add_argument("--json", type=Path, help="also write all rates to this file, after every round")
     parser.add_argument("--measure", help=argparse.SUPPRESS)  # this is the process of one contender
     parser.set_defaults(**(ARRAYS if are_arrays(parser.parse_args(arguments).images) else FILES))
     return parser.parse_args(arguments)
 
 
-def compare(options: argparse.Namespace, folder: str) -> Rates:
-    """Raises UserError for cores that are not there and for batches larger than the number of images."""
+def compare(options: argparse.Namespace, folder: str) -> Iterator[Rates]:
+    """All rates, after every round.
+
+    Raises UserError for cores that are not there and for batches larger than the number of images.
+    """
     allowed = sorted(os.sched_getaffinity(0))
     if not 1 <= min(options.cores) <= max(options.cores) <= len(allowed):
         raise UserError(f"--cores must lie between 1 and {len(allowed)}, the cores that this process may use")
@@ -115,9 +123,9 @@ def compare(options: argparse.Namespace, folder: str) -> Rates:
                 os.sched_setaffinity(0, allowed[:cores])  # the new process inherits them
                 found.append(run({"name": name, "folder": folder, "cores": cores, "seed": seed, **shape}))
                 print(f"round {seed + 1}, {cores} cores, {name}: {found[-1]:,.0f} images/s", file=sys.stderr)
+            yield rates
     finally:
         os.sched_setaffinity(0, allowed)
-    return rates
 
 
 def takes_part(name: str, arrays: bool) -> bool:

@@ -20,6 +20,7 @@ Ours is configured by --config and key=value, as train.py is. lightly takes part
 """
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -29,7 +30,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -41,6 +42,7 @@ from train_process import Process, Row, has_cuda
 
 from varscale.config import Config, load_config
 from varscale.errors import UserError
+from varscale.files import replace_text
 
 SMALL_IMAGE = 64  # pixels: up to here the encoder's stem is CIFAR's, and images are arrays
 REFERENCE = ("usual-amp", "usual")  # (a) of the ratios: the first of them that takes part
@@ -54,15 +56,16 @@ def main(arguments: list[str]) -> int:
             config = load_config(options.config, overrides_of(options, Path(folder)))
             check(config)
             images = write_training_images(options.data, options.count, options.classes, Path(folder), options.cores)
-            rows = compare(options, config, Path(folder), classes=images[1])
+            others = {"images": images[0], "command": shlex.join(arguments)}
+            for rows in compare(options, config, Path(folder), classes=images[1]):
+                result = summary(options, config, rows) | others
+                if options.json:
+                    replace_text(options.json, json.dumps(result, indent=1) + "\n")
     except UserError as error:
         print(f"bench_train.py: {error}", file=sys.stderr)
         return 2
-    result = summary(options, config, rows) | {"images": images[0], "command": shlex.join(arguments)}
     print(f"    {shlex.join(['python', 'tools/bench_train.py', *arguments])}\n")
     print(f"{description(config, result)}\n\n{table(result)}", flush=True)
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
     return 1 if any(row.absent.startswith("failed") for row in rows) else 0
 
 
@@ -87,7 +90,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         "--vary", action="append", default=[], metavar="KEY=V,V", help="further rows: ours with each of these values"
     )
     parser.add_argument("--peak-tflops", type=float, help="of the machine in this number format, for the MFU")
-    parser.add_argument("--json", type=Path, help="also write everything measured to this file")
+    parser.add_argument("--json", type=Path, help="also write everything measured to this file, after every round")
     options = parser.parse_intermixed_args(arguments)
     options.cores = len(os.sched_getaffinity(0))
     options.stem = options.stem or ("cifar" if options.image_size <= SMALL_IMAGE else "imagenet")
@@ -119,8 +122,8 @@ def check(config: Config) -> None:
         raise UserError(f"objective.name is {config.objective.name}; the usual script knows {', '.join(OBJECTIVES)}")
 
 
-def compare(options: argparse.Namespace, config: Config, folder: Path, classes: int) -> list[Row]:
-    """All rows, measured."""
+def compare(options: argparse.Namespace, config: Config, folder: Path, classes: int) -> Iterator[list[Row]]:
+    """All rows, after every round."""
     rows = [Row(name, CONTENDERS[name].title, CONTENDERS[name].form) for name in options.only]
     for row in rows:
         if row.name == "ours":
@@ -161,23 +164,19 @@ def compare(options: argparse.Namespace, config: Config, folder: Path, classes: 
                 if not process.row.absent:
                     seconds = process.row.rounds[-1]["seconds"]
                     print(f"round {number + 1}, {process.row.title}: {seconds:.2f} s", file=sys.stderr, flush=True)
+            yield rows
     finally:
         for process in processes:
             process.dismiss()
         for process in processes:
             process.end()
-    return rows
 
 
 def summary(options: argparse.Namespace, config: Config, rows: Sequence[Row]) -> dict:
     """Everything measured and what follows from it, as plain values."""
     import torch
 
-    from varscale.engine.flops import training_flops
-    from varscale.engine.learners import build_learner
-
-    network = build_learner(config, options.classes, 1, torch.device("cpu")).network
-    flops = training_flops(network, config.data.image_size)
+    flops = flops_of(config, options.classes)
     measured = {row.name: row for row in reversed(rows) if row.rounds and not row.overrides}
     reference = next((measured[name] for name in REFERENCE if name in measured), None)
     return {
@@ -189,6 +188,17 @@ def summary(options: argparse.Namespace, config: Config, rows: Sequence[Row]) ->
         "flops_per_view": flops,
         "rows": [asdict(row) | figures(row, reference, options, config, flops) for row in rows],
     }
+
+
+@functools.cache
+def flops_of(config: Config, classes: int) -> int:
+    """Operations of a training step for each view."""
+    import torch
+
+    from varscale.engine.flops import training_flops
+    from varscale.engine.learners import build_learner
+
+    return training_flops(build_learner(config, classes, 1, torch.device("cpu")).network, config.data.image_size)
 
 
 def figures(row: Row, reference: Row | None, options: argparse.Namespace, config: Config, flops: int) -> dict:

@@ -44,6 +44,15 @@ def test_every_loader_of_jpegs_has_a_row(repository):
     assert "python tools/bench_loader.py --rounds 1" in ended.stdout
 
 
+def test_what_was_measured_survives_a_kill(repository, tmp_path, killed_once_written):
+    small = ["--images", "cifar", "--count", 8, "--batch-size", 4, "--cores", 1, "--rounds", 1000, "--only", "ours"]
+    found = killed_once_written("bench_loader", *small, "--json", tmp_path / "rates.json")
+    assert "8 raw images" in found["images"]
+    (row,) = found["rates"]
+    assert (row["loader"], row["cores"]) == ("ours", 1)
+    assert row["images_per_second"][0] > 0
+
+
 def test_the_ratios_aimed_at_are_those_of_the_medians(bench):
     rates = {("ours", 2): [50, 60, 900], ("ffcv", 2): [20, 20, 1], ("decoding", 2): [100], ("ours", 1): [30]}
     rates |= {("pil-colour", 1): [4], ("ours-colour", 1): [10]}

@@ -67,6 +67,13 @@ def test_every_contender_has_a_row_and_learns_from_as_many_views(repository, tmp
     assert "64 raw images (64 different, up to 32 x 32), 10 classes" in ended.stdout
 
 
+def test_what_was_measured_survives_a_kill(tmp_path, killed_once_written):
+    found = killed_once_written(
+        "bench_train", *SMALL, "--only", "usual", "--rounds", 1000, "--json", tmp_path / "found.json"
+    )
+    assert found["rows"][0]["views_per_second"] > 0
+
+
 @pytest.mark.slow  # a minute on a busy machine
 def test_a_setting_of_ours_is_varied_and_what_is_missing_says_how_to_get_it(repository, tmp_path, digits):
     blocked = tmp_path / "lightly"
