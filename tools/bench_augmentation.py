@@ -62,7 +62,9 @@ def show_policies(options: argparse.Namespace, size: int, ranks: Ranks) -> None:
             augmentation.to(ranks.device)
             if way == "compiled" and not augmentation.compiled:
                 continue
-            contenders[way] = torch.compile(augmentation) if way == "torch.compile" else augmentation
+            if way == "torch.compile":
+                augmentation.compile(dynamic=False)  # as training does
+            contenders[way] = augmentation
         calls = {way: lambda repeat, call=call: call(images, indices, repeat) for way, call in contenders.items()}
         times = in_turns(calls, options.repeats, ranks)
         shown = [f"{1e6 * times[way] / (2 * len(images)):,.1f}" if way in times else "-" for way in ways]

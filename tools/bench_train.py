@@ -11,10 +11,10 @@ them: each fills its pipeline with some steps that are not timed, then the clock
 thread of torch for each, and one of the loader's threads or DataLoader's workers. On a GPU the clock waits for it
 before and after a round, not between steps.
 
-"images/s" are images decoded, "views/s" what goes through the encoder to be learned from, counted by a hook: compare
-the latter, for the supervised step decodes an image for every view. "Data" is the share of time in which a step waits
-for its batch; on a CPU ours includes the augmentation, which the others' worker processes do. TFLOP/s are operations
-counted from the encoder and our head (`varscale.engine.flops`), the same for every row.
+"images/s" are images decoded, "views/s" what goes through the encoder to be learned from: compare the latter, for the
+supervised step decodes an image for every view. "Data" is the share of time in which a step waits for its batch; on a
+CPU ours includes the augmentation, which the others' worker processes do. TFLOP/s are operations counted from the
+encoder and our head (`varscale.engine.flops`), the same for every row.
 
 Ours is configured by --config and key=value, as train.py is. lightly takes part where it is installed.
 """
@@ -122,18 +122,30 @@ def check(config: Config) -> None:
         raise UserError(f"objective.name is {config.objective.name}; the usual script knows {', '.join(OBJECTIVES)}")
 
 
-def compare(options: argparse.Namespace, config: Config, folder: Path, classes: int) -> Iterator[list[Row]]:
-    """All rows, after every round."""
+def rows_of(options: argparse.Namespace, config: Config, folder: Path) -> list[Row]:
+    """The rows of the table, not measured yet. Raises UserError where a value of --vary is none."""
     rows = [Row(name, CONTENDERS[name].title, CONTENDERS[name].form) for name in options.only]
     for row in rows:
         if row.name == "ours":
             layout = "channels last" if config.compute.channels_last else "NCHW"
             row.form = f"{config.compute.precision}, {layout}"
-    for key, _, values in (text.partition("=") for text in options.vary):
-        for override in (f"{key}={value}" for value in values.split(",")):
-            load_config(options.config, [*overrides_of(options, folder), override])
-            rows.append(Row("ours", f"varscale, {override}", "", [override]))
-    job = Job(
+    for override in varied(options):
+        rows.append(Row("ours", f"varscale, {override}", "", [override]))
+    for row in rows:
+        own = load_config(options.config, [*overrides_of(options, folder), *row.overrides])
+        row.views = own.data.views * own.batch.global_batch_size
+    return rows
+
+
+def varied(options: argparse.Namespace) -> list[str]:
+    """The overrides of further rows, one each."""
+    split = (text.partition("=") for text in options.vary)
+    return [f"{key}={value}" for key, _, values in split for value in values.split(",")]
+
+
+def job_of(options: argparse.Namespace, config: Config, folder: Path, classes: int) -> Job:
+    """What all rows train."""
+    return Job(
         folder=str(folder),
         recipe=options.config,
         overrides=overrides_of(options, folder),
@@ -149,6 +161,11 @@ def compare(options: argparse.Namespace, config: Config, folder: Path, classes: 
         precision=config.compute.precision,
         cores=options.cores,
     )
+
+
+def compare(options: argparse.Namespace, config: Config, folder: Path, classes: int) -> Iterator[list[Row]]:
+    """All rows, after every round."""
+    rows, job = rows_of(options, config, folder), job_of(options, config, folder, classes)
     processes: list[Process] = []
     try:
         for row in rows:

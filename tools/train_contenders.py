@@ -46,22 +46,14 @@ class Job(NamedTuple):
     cores: int
 
 
-class Training(NamedTuple):
-    """A contender that is set up.
-
-    encoder: what the views pass through. steps: a function of a number of steps; the generator it returns takes one at
-    each `next` and yields the seconds for which it waited for its batch; closing it ends what loads.
-    """
-
-    encoder: "nn.Module"
-    steps: Callable[[int], Iterator[float]]
-
-
-Opening = Callable[[Job], AbstractContextManager[Training]]
+# A contender that is set up: a function of a number of steps; the generator it returns takes one at each `next` and
+# yields the seconds for which it waited for its batch; closing it ends what loads.
+Steps = Callable[[int], Iterator[float]]
+Opening = Callable[[Job], AbstractContextManager[Steps]]
 
 
 @contextmanager
-def ours(job: Job, *overrides: str) -> Iterator[Training]:
+def ours(job: Job, *overrides: str) -> Iterator[Steps]:
     """What train.py runs in a step: the loader, the augmentation, the learner, DeepSpeed."""
     from varscale.config import load_config, resolve_batch, resolve_deepspeed
     from varscale.engine import distributed
@@ -97,16 +89,16 @@ def ours(job: Job, *overrides: str) -> Iterator[Training]:
                         learner.after_step(next(taken))
                         yield waited
 
-        yield Training(learner.network.encoder, steps)
+        yield steps
     finally:
         distributed.leave()
 
 
-def ours_float32(job: Job) -> AbstractContextManager[Training]:
+def ours_float32(job: Job) -> AbstractContextManager[Steps]:
     return ours(job, "compute.precision=float32", "compute.channels_last=false")
 
 
-def usual(job: Job, precision: str) -> AbstractContextManager[Training]:
+def usual(job: Job, precision: str) -> AbstractContextManager[Steps]:
     """Two crops by Pillow in worker processes, one tensor of both, a loss on masks of all pairs, `.item()`."""
     import torch
     from torch import nn
@@ -150,7 +142,7 @@ def repeated_supcon(features: "Tensor", labels: "Tensor") -> "Tensor":
     return -((positives * log_p).sum(1) / positives.sum(1)).mean()
 
 
-def lightly(job: Job, precision: str) -> AbstractContextManager[Training]:
+def lightly(job: Job, precision: str) -> AbstractContextManager[Steps]:
     """lightly's SimCLR: its transform with the others' strengths, its head, its loss, a pass for each view."""
     import torch  # noqa: F401  before varscale
     from lightly.loss import NTXentLoss
@@ -172,7 +164,7 @@ def lightly(job: Job, precision: str) -> AbstractContextManager[Training]:
     return _plain(job, head, batches, loss_of, precision)
 
 
-def supervised(job: Job) -> AbstractContextManager[Training]:
+def supervised(job: Job) -> AbstractContextManager[Steps]:
     """The floor: one crop of an image, one linear layer, cross-entropy; autocast, channels last, no `.item()`."""
     from torch import nn
     from torch.nn.functional import cross_entropy
@@ -209,7 +201,7 @@ def _plain(
     *,
     channels_last: bool = False,
     reads_loss: bool = True,
-) -> Iterator[Training]:
+) -> Iterator[Steps]:
     """A training loop without varscale. loss_of: of the model, the views as `batches` gives them, and labels (N,)."""
     import torch
     from torch import nn
@@ -251,7 +243,7 @@ def _plain(
             yield waited
             start = time.perf_counter()
 
-    yield Training(encoder, steps)
+    yield steps
 
 
 def _pil_batches(job: Job, number: int, size: int, views: int, transform: Callable) -> Iterator[tuple]:

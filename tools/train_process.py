@@ -9,17 +9,13 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from train_contenders import CONTENDERS, ENVIRONMENT, Job, Training
-
-if TYPE_CHECKING:
-    from torch import nn
+from train_contenders import CONTENDERS, ENVIRONMENT, Job, Steps
 
 
 @dataclass
 class Row:
-    """A contender in the table: its rounds, as `train_contenders.measure` gives them, or why there are none."""
+    """A contender in the table: views of its step, and its rounds, as `measure` gives them, or why there are none."""
 
     name: str
     title: str
@@ -44,11 +40,11 @@ class Process:
         self.process = subprocess.Popen(command, env=ENVIRONMENT, text=True, bufsize=1, **pipes)
 
     def begin(self) -> None:
-        """Wait until it is set up, and have it take its first step, in which its views are counted."""
+        """Wait until it is set up, and have it take its first step, in which much is set up as well."""
         if missing := self._answer().get("missing"):
             self.row.absent = f"{missing} is not installed: {CONTENDERS[self.row.name].install}"
-        self._ask("count")
-        self.row.views = self._answer().get("views", 0)
+        self._ask("1 0")
+        self._answer()
 
     def run(self, untimed: int, timed: int) -> None:
         """A round."""
@@ -99,8 +95,8 @@ def has_cuda() -> bool:
 
 
 def serve(name: str, job: Job) -> None:
-    """Sets a contender up and answers on stdout, in lines of JSON, what stdin asks: `count`, its views of a step, or a
-    number of untimed and of timed steps, a round.
+    """Sets a contender up and answers on stdout, in lines of JSON, what stdin asks: a number of untimed and of timed
+    steps, a round.
 
     It says first that it is ready, or what is not installed; on a GPU it then keeps no memory between its turns.
     """
@@ -112,7 +108,7 @@ def serve(name: str, job: Job) -> None:
 
     with contextlib.ExitStack() as stack:
         try:
-            training = stack.enter_context(CONTENDERS[name].open(job))
+            steps_of = stack.enter_context(CONTENDERS[name].open(job))
         except ModuleNotFoundError as error:
             answer(missing=error.name)
             return
@@ -120,33 +116,13 @@ def serve(name: str, job: Job) -> None:
 
         answer(missing=None)
         for line in sys.stdin:
-            if line.strip() == "count":
-                found = {"views": views_of_a_step(training)}
-            else:
-                found = measure(training, *map(int, line.split()))
+            found = measure(steps_of, *map(int, line.split()))
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             answer(**found)
 
 
-def views_of_a_step(training: Training) -> int:
-    """How many views a step passes through the encoder to learn from them, counted."""
-    import torch
-
-    counted = []
-
-    def count_views(_: "nn.Module", inputs: tuple) -> None:
-        if torch.is_grad_enabled():  # accumulation's first pass learns nothing
-            counted.append(len(inputs[0]))
-
-    hook = training.encoder.register_forward_pre_hook(count_views)
-    with contextlib.closing(training.steps(1)) as steps:
-        next(steps)
-    hook.remove()
-    return sum(counted)
-
-
-def measure(training: Training, untimed: int, timed: int) -> dict[str, float]:
+def measure(steps_of: Steps, untimed: int, timed: int) -> dict[str, float]:
     """Seconds of `timed` steps and of waiting for data in them, once `untimed` steps have filled the pipeline; on a GPU
     also the largest memory taken, bytes."""
     import torch
@@ -154,7 +130,7 @@ def measure(training: Training, untimed: int, timed: int) -> dict[str, float]:
     on_gpu = torch.cuda.is_available()
     synchronize = torch.cuda.synchronize if on_gpu else lambda: None
     number = 2 * untimed + timed  # so that nothing runs dry before the clock stops
-    with contextlib.closing(training.steps(number)) as steps:
+    with contextlib.closing(steps_of(number)) as steps:
         for _ in range(untimed):
             next(steps)
         synchronize()
