@@ -32,12 +32,12 @@ def step(number, start):
     ]
 
 
-def kernel(name, start, end, launched, number, stream=STREAM, thread=MAIN):
-    """A kernel, its launch and the operator that launched it."""
+def kernel(name, start, end, launched, number, stream=STREAM, thread=MAIN, category="kernel"):
+    """A kernel, or other work of the device, its launch and the operator that launched it."""
     return [
         event(f"aten::{name}", launched, launched + 0.01, "cpu_op", thread, **{"External id": number}),
         event("cudaLaunchKernel", launched, launched + 0.005, "cuda_runtime", thread, correlation=number),
-        event(name, start, end, "kernel", stream, correlation=number, **{"External id": number}),
+        event(name, start, end, category, stream, correlation=number, **{"External id": number}),
     ]
 
 
@@ -100,6 +100,20 @@ def test_kernels_stand_with_the_phase_that_launched_them():
     assert heads == ("phase", "host ms", "share", "device ms", "share of device")
     assert ("idle", "", "", "3.00", "16.7%") in rows
     assert ("copy", "1.00", "5.0%", "", "") in rows
+
+
+def test_copies_and_fills_are_work_of_the_device_where_nothing_computes():
+    events = [
+        *step(2, 0.0),
+        *kernel("Memcpy HtoD (Pinned -> Device)", 4.0, 6.0, launched=3.5, number=1, stream=9, category="gpu_memcpy"),
+        *kernel("Memset (Device)", 6.0, 6.5, launched=6.0, number=2, category="gpu_memset"),
+        *kernel("Memcpy HtoD (Pinned -> Device)", 7.0, 10.0, launched=3.6, number=3, stream=9, category="gpu_memcpy"),
+        *kernel("conv", 7.5, 9.0, launched=6.5, number=4),
+        *kernel("ncclDevKernel_AllReduce", 9.5, 11.0, launched=12.0, number=5, stream=NCCL_STREAM),
+    ]
+    found = analyse(events)
+    assert found["device"] == pytest.approx({"copy": 2 + 0.5 + 1, "forward": 0.5 + 1.5, "reduce": 1, "idle": 0.5})
+    assert found["device_step_ms"] == pytest.approx(7)
 
 
 def test_operators_have_the_time_that_those_inside_them_leave():

@@ -36,7 +36,7 @@ LETTER = 0.0085  # of the longest bar: what a letter of a label takes
 TOLD = (
     "Host: what the training thread did, each instant counted for the innermost phase; 'reduce' is what collectives "
     "take of backward and optimizer while nothing is computed there. Where there is a device, its kernels stand with "
-    "the phase that launched them, 'reduce' is communication that no computation hides, 'idle' is when no kernel ran. "
+    "the phase that launched them, 'reduce' is communication that no computation hides, 'idle' is when nothing ran. "
     "The profiler itself makes steps somewhat slower."
 )
 HEADS = ("phase", "host ms", "share")

@@ -3,8 +3,8 @@
 Host: every instant of a step belongs to the innermost phase the training thread was in, or to "other". Of backward and
 optimizer, "reduce" takes the instants in which a collective was under way and that thread computed nothing.
 
-Device: a kernel belongs to the phase in which it was launched, whatever thread launched it. "reduce" is when only
-collectives run; "idle" is when no kernel runs.
+Device: a kernel, a copy or a fill belongs to the phase in which it was launched, whatever thread launched it; copies
+and fills only while no kernel computes, "reduce" is when only collectives run, and "idle" when nothing runs.
 """
 
 import gzip
@@ -19,6 +19,7 @@ from varscale.engine.phases import PHASES
 
 OTHER, IDLE, REDUCE = "other", "idle", "reduce"
 REDUCED = ("backward", "optimizer")  # phases whose collectives are told apart
+DEVICE_WORK = ("kernel", "gpu_memcpy", "gpu_memset")  # categories of the trace
 MOST_OPERATORS = 10
 
 Spans = list[tuple[float, float]]  # sorted, apart from each other; microseconds
@@ -42,8 +43,8 @@ def analyse(events: Sequence[dict]) -> dict:
     """What the steps of a trace came to on average, as `profile.json` holds it.
 
     steps: how many were recorded. step_ms: their mean. host: milliseconds a step by phase, which add up to it. device:
-    likewise, where kernels ran, with "idle", adding up to device_step_ms. operators: those that take the most time by
-    themselves, on the device where there is one: {"name", "calls" a step, "ms" a step}.
+    likewise, where it did anything, with "idle", adding up to device_step_ms. operators: those that take the most time
+    by themselves, on the device where there is one: {"name", "calls" a step, "ms" a step}.
 
     Raises ValueError where there is not one whole step.
     """
@@ -168,10 +169,11 @@ class _Kernel(NamedTuple):
     phase: str
     name: str
     operator: object  # the trace's number of the operator that launched it
+    computes: bool  # it is none that copies or fills memory
 
 
 def _kernels(events: Sequence[dict], segments: Sequence[Segment]) -> list[_Kernel]:
-    """The kernels launched in the steps, in the order in which they began."""
+    """The kernels, copies and fills launched in the steps, in the order in which they began."""
     launches = {}
     for event in events:
         if event.get("cat") in ("cuda_runtime", "cuda_driver"):
@@ -179,30 +181,33 @@ def _kernels(events: Sequence[dict], segments: Sequence[Segment]) -> list[_Kerne
     starts = [part.start for part in segments]
     found = []
     for event in events:
-        launched = launches.get(event["args"].get("correlation")) if event.get("cat") == "kernel" else None
+        launched = launches.get(event["args"].get("correlation")) if event.get("cat") in DEVICE_WORK else None
         if launched is None or not segments[0].start <= launched < segments[-1].end:
             continue
         phase = segments[bisect_right(starts, launched) - 1].phase
-        found.append(_Kernel(event["ts"], _end(event), phase, event["name"], event["args"].get("External id")))
+        operator, computes = event["args"].get("External id"), event["cat"] == "kernel"
+        found.append(_Kernel(event["ts"], _end(event), phase, event["name"], operator, computes))
     return sorted(found)
 
 
 def _device(kernels: Sequence[_Kernel]) -> dict[str, float]:
-    """Microseconds by phase, from the first kernel's begin to the last one's end."""
+    """Microseconds by phase, from the first one's begin to the last one's end."""
     found: dict[str, float] = defaultdict(float)
-    computing: Spans = []
-    position = first = kernels[0].start
-    for kernel in kernels:
-        if _communicates(kernel):
-            continue
-        start = max(kernel.start, position)  # what another stream computes at the same time counts once
-        if kernel.end > start:
-            found[kernel.phase] += kernel.end - start
-            computing.append((start, kernel.end))
-            position = kernel.end
-    alone = _without(_union({"ts": k.start, "dur": k.end - k.start} for k in kernels if _communicates(k)), computing)
+    busy: Spans = []
+    collectives = [kernel for kernel in kernels if _communicates(kernel)]
+    others = [kernel for kernel in kernels if not _communicates(kernel)]
+    for computes in (True, False):
+        position, before = 0.0, list(busy)
+        for kernel in (kernel for kernel in others if kernel.computes == computes):
+            start = max(kernel.start, position)  # what another stream does at the same time counts once
+            parts = _without([(start, kernel.end)], before) if kernel.end > start else []
+            found[kernel.phase] += sum(end - start for start, end in parts)
+            busy += parts
+            position = max(position, kernel.end)
+        busy.sort()
+    alone = _without(_union({"ts": k.start, "dur": k.end - k.start} for k in collectives), busy)
     found[REDUCE] = sum(end - start for start, end in alone)
-    found[IDLE] = max(kernel.end for kernel in kernels) - first - sum(found.values())
+    found[IDLE] = max(kernel.end for kernel in kernels) - kernels[0].start - sum(found.values())
     return found
 
 
