@@ -31,6 +31,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -41,6 +42,7 @@ from train_images import MADE, write_training_images
 from train_process import Process, Row, has_cuda
 
 from varscale.config import Config, load_config
+from varscale.engine.peaks import peak_of
 from varscale.errors import UserError
 from varscale.files import replace_text
 
@@ -52,7 +54,7 @@ OBJECTIVES = ("varcon", "supcon", "simclr")  # what the usual script can do as w
 def main(arguments: list[str]) -> int:
     options = parse_arguments(arguments)
     try:
-        with tempfile.TemporaryDirectory() as folder:
+        with kept(options.folder) if options.folder else tempfile.TemporaryDirectory() as folder:
             config = load_config(options.config, overrides_of(options, Path(folder)))
             check(config)
             images = write_training_images(options.data, options.count, options.classes, Path(folder), options.cores)
@@ -79,7 +81,8 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--image-size", type=int, default=32, help="height and width of a view, pixels")
     parser.add_argument("--batch", type=int, default=128, help="images a step")
     parser.add_argument("--data", help=f"{', '.join(MADE)}, or a converted data set; default: by --image-size")
-    parser.add_argument("--count", type=int, help="images to train on (default: 16 batches)")
+    parser.add_argument("--count", type=int, help="images to train on (default: enough for a round)")
+    parser.add_argument("--folder", type=Path, help="to keep the images in, a new one (default: they are deleted)")
     parser.add_argument("--classes", type=int, default=10, help="of images that are made")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=math.inf, help="after which no further round begins")
@@ -89,16 +92,31 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--vary", action="append", default=[], metavar="KEY=V,V", help="further rows: ours with each of these values"
     )
-    parser.add_argument("--peak-tflops", type=float, help="of the machine in this number format, for the MFU")
     parser.add_argument("--json", type=Path, help="also write everything measured to this file, after every round")
     options = parser.parse_intermixed_args(arguments)
     options.cores = len(os.sched_getaffinity(0))
     options.stem = options.stem or ("cifar" if options.image_size <= SMALL_IMAGE else "imagenet")
     options.data = options.data or ("cifar" if options.image_size <= SMALL_IMAGE else "synthetic")
-    options.count = options.count or 16 * options.batch
     if options.warm_up is None:
         options.warm_up = 2 * options.cores + 2
+    if options.count is None:  # ours begins an epoch with every round, and shall not end it in one
+        options.count = max(16, options.warm_up + options.steps + 1) * largest_batch(options)
     return options
+
+
+def largest_batch(options: argparse.Namespace) -> int:
+    """Images of the largest step of all rows."""
+    set_to = [text.partition("=") for text in (*options.overrides, *varied(options))]
+    return max([options.batch, *(int(value) for key, _, value in set_to if key == "batch.global_batch_size")])
+
+
+def kept(folder: Path) -> AbstractContextManager[Path]:
+    """A new folder that stays. Raises UserError where there is one."""
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        raise UserError(f"--folder {folder} exists") from None
+    return nullcontext(folder)
 
 
 def overrides_of(options: argparse.Namespace, folder: Path) -> list[str]:
@@ -130,10 +148,11 @@ def rows_of(options: argparse.Namespace, config: Config, folder: Path) -> list[R
             layout = "channels last" if config.compute.channels_last else "NCHW"
             row.form = f"{config.compute.precision}, {layout}"
     for override in varied(options):
-        rows.append(Row("ours", f"varscale, {override}", "", [override]))
+        rows.append(Row("ours", f"varscale, {override}", "", overrides=[override]))
     for row in rows:
         own = load_config(options.config, [*overrides_of(options, folder), *row.overrides])
         row.views = own.data.views * own.batch.global_batch_size
+        row.precision = CONTENDERS[row.name].precision or own.compute.precision
     return rows
 
 
@@ -194,16 +213,17 @@ def summary(options: argparse.Namespace, config: Config, rows: Sequence[Row]) ->
     import torch
 
     flops = flops_of(config, options.classes)
+    device = torch.cuda.get_device_name() if has_cuda() else processor()
     measured = {row.name: row for row in reversed(rows) if row.rounds and not row.overrides}
     reference = next((measured[name] for name in REFERENCE if name in measured), None)
     return {
-        "machine": f"{torch.cuda.get_device_name() if has_cuda() else processor()}, {options.cores} cores",
+        "machine": f"{device}, {options.cores} cores",
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "encoder": config.encoder.name,
         "rounds": max((len(row.rounds) for row in rows), default=0),
         "steps": options.steps,
         "flops_per_view": flops,
-        "rows": [asdict(row) | figures(row, reference, options, config, flops) for row in rows],
+        "rows": [asdict(row) | figures(row, reference, options, config, flops, device) for row in rows],
     }
 
 
@@ -218,8 +238,11 @@ def flops_of(config: Config, classes: int) -> int:
     return training_flops(build_learner(config, classes, 1, torch.device("cpu")).network, config.data.image_size)
 
 
-def figures(row: Row, reference: Row | None, options: argparse.Namespace, config: Config, flops: int) -> dict:
-    """Of one row: medians over rounds, per second where not said otherwise; nothing where it was not measured."""
+def figures(
+    row: Row, reference: Row | None, options: argparse.Namespace, config: Config, flops: int, device: str
+) -> dict:
+    """Of one row on such a device: medians over rounds, per second where not said otherwise; nothing where there are no
+    rounds."""
     if not row.rounds:
         return {}
     seconds = [found["seconds"] / options.steps for found in row.rounds]
@@ -234,8 +257,9 @@ def figures(row: Row, reference: Row | None, options: argparse.Namespace, config
         "data_wait": statistics.median(found["waited"] / found["seconds"] for found in row.rounds),
         "tflops": rate * flops / 1e12,
     }
-    if options.peak_tflops:
-        found["mfu"] = found["tflops"] / options.peak_tflops
+    # Tensor cores multiply float16 as fast as bfloat16.
+    if peak := peak_of(device, "bfloat16" if row.precision == "float16" else row.precision):
+        found |= {"mfu": found["tflops"] / peak.tflops, "peak": peak._asdict()}
     if "memory" in row.rounds[0]:
         found["memory_bytes"] = max(found["memory"] for found in row.rounds)
     if reference:
@@ -266,7 +290,7 @@ def description(config: Config, result: dict) -> str:
 def table(result: dict) -> str:
     """One row for each contender; the ratio is of views a second, with its range over rounds."""
     heads = ["step", "format", "images/s", "views/s", "ms a step", "min - max", "data", "times usual", "range"]
-    heads += ["TFLOP/s", "MFU", "GiB"]
+    heads += ["TFLOP/s", "peak", "MFU", "GiB"]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for row in result["rows"]:
         cells = [row["title"], row["form"] or "as configured"]
@@ -278,7 +302,9 @@ def table(result: dict) -> str:
             cells += [f"{1e3 * row['step_seconds']:.1f}", f"{low:.1f} - {high:.1f}", f"{row['data_wait']:.0%}"]
             cells += [f"{row['ratio']:.2f}" if "ratio" in row else "-"]
             cells += ["{:.2f} - {:.2f}".format(*row["ratio_range"]) if "ratio" in row else "-"]
-            cells += [f"{row['tflops']:.2f}", f"{row['mfu']:.1%}" if "mfu" in row else "-"]
+            cells += [f"{row['tflops']:.2f}"]
+            cells += ["{tflops:g} {format}".format(**row["peak"]) if "peak" in row else "-"]
+            cells += [f"{row['mfu']:.1%}" if "mfu" in row else "-"]
             cells += [f"{row['memory_bytes'] / 2**30:.1f}" if "memory_bytes" in row else "-"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

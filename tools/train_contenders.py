@@ -6,6 +6,7 @@ with SupCon start from, written anew here: SupContrast's script, which VarCon's 
 """
 
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
@@ -54,26 +55,45 @@ Opening = Callable[[Job], AbstractContextManager[Steps]]
 
 @contextmanager
 def ours(job: Job, *overrides: str) -> Iterator[Steps]:
-    """What train.py runs in a step: the loader, the augmentation, the learner, DeepSpeed."""
+    """What train.py does for a step: the loader, the augmentation, the learner, DeepSpeed, and around them the marking
+    of bad steps, the meter and the outcome of the step before, which keeps the host from running ahead of the device.
+    """
     from varscale.config import load_config, resolve_batch, resolve_deepspeed
+    from varscale.data.sampling import steps_per_epoch
     from varscale.engine import distributed
-    from varscale.engine.determinism import use_deterministic_kernels
+    from varscale.engine.bad_steps import BadSteps
+    from varscale.engine.determinism import seed_step, use_deterministic_kernels
     from varscale.engine.launch import Job as TrainingJob
     from varscale.engine.launch import check_training_data
     from varscale.engine.learners import build_learner
-    from varscale.engine.opening import open_engine, open_steps
+    from varscale.engine.meter import Meter
+    from varscale.engine.opening import garbage_left_alone, open_engine, open_steps
+    from varscale.engine.outcomes import Outcomes
+    from varscale.engine.saving import CheckpointWriter
+    from varscale.engine.state import TrainState
+    from varscale.engine.stopping import StopRequest
+    from varscale.engine.telemetry import Telemetry
+    from varscale.engine.watchdog import Watchdog
     from varscale.engine.zero import set_learning_rate
     from varscale.train import take_step
 
-    config = load_config(job.recipe, [*job.overrides, *overrides])
+    own = [f"output_dir={tempfile.mkdtemp(dir=job.folder)}", "logging.trackers=[]"]
+    config = load_config(job.recipe, [*job.overrides, *overrides, *own])
     sizes = resolve_batch(config.batch, 1)
     training = TrainingJob(config, sizes, resolve_deepspeed(config, sizes), check_training_data(config, sizes))
     ranks = distributed.join()
     try:
         use_deterministic_kernels(config.compute.deterministic)
-        learner = build_learner(config, training.data.info.num_classes, 1, ranks.device)
+        total = config.schedule.epochs * steps_per_epoch(training.data.train.num_samples, sizes.global_batch_size)
+        learner = build_learner(config, training.data.info.num_classes, total, ranks.device)
         engine = open_engine(config, training.deepspeed, learner)
-        steps_of, epochs, taken = open_steps(training, ranks), count(), count(1)
+        state = TrainState()
+        telemetry = Telemetry(training, total, state, Meter(), ranks)
+        steps_of, epochs = open_steps(training, ranks, telemetry.throughput.waiting), count()
+        bad_steps = BadSteps(config.safety, config.output_dir, learner.network, telemetry.warn)
+        writer = CheckpointWriter(config.output_dir, 1, ranks, telemetry.warn)
+        watchdog = Watchdog(0, ranks)
+        outcomes = Outcomes(state, learner, bad_steps, telemetry, StopRequest(), writer, watchdog, ranks)
 
         def steps(number: int) -> Iterator[float]:
             while True:
@@ -85,11 +105,18 @@ def ours(job: Job, *overrides: str) -> Iterator[Steps]:
                             break
                         waited = time.perf_counter() - start
                         set_learning_rate(engine, LEARNING_RATE)
-                        take_step(engine, learner, micro_batches)
-                        learner.after_step(next(taken))
+                        seed_step(config.seed, state.step, ranks.rank)
+                        bad_steps.remember()
+                        terms, norm = take_step(engine, learner, micro_batches, bad_steps)
+                        state.advance(sizes.global_batch_size)
+                        outcomes.follow(terms, micro_batches, lr=LEARNING_RATE, gradient_norm=norm)
+                        learner.after_step(state.step)
+                        outcomes.settle(leave_open=1)
                         yield waited
 
-        yield steps
+        with garbage_left_alone(), telemetry, writer:
+            telemetry.throughput.flops = 0  # or they would be counted in a step that is timed
+            yield steps
     finally:
         distributed.leave()
 
@@ -271,12 +298,13 @@ def _pil_batches(job: Job, number: int, size: int, views: int, transform: Callab
 
 
 class Contender(NamedTuple):
-    """A row of the table: its title, number format and layout, how it is opened, how to install what it needs, and
-    whether it wants a GPU."""
+    """A row of the table: its title, number format and layout, how it is opened, in which precision a GPU multiplies
+    (none: as configured), how to install what it needs, and whether it wants a GPU."""
 
     title: str
     form: str
     open: Opening
+    precision: str = ""
     install: str = ""
     wants_cuda: bool = False
 
@@ -291,14 +319,15 @@ def _usual_precision() -> str:
 USUAL = "the usual script"
 CONTENDERS = {
     "ours": Contender("varscale", "as configured", ours),
-    "ours-float32": Contender("varscale", "float32, NCHW", ours_float32),
-    "usual": Contender(USUAL, "float32, NCHW", lambda job: usual(job, "float32")),
-    "usual-amp": Contender(USUAL, "AMP (float16), NCHW", lambda job: usual(job, "float16"), wants_cuda=True),
-    "usual-bf16": Contender(USUAL, "bfloat16 autocast, NCHW", lambda job: usual(job, "bfloat16")),
+    "ours-float32": Contender("varscale", "float32, NCHW", ours_float32, "float32"),
+    "usual": Contender(USUAL, "float32, NCHW", lambda job: usual(job, "float32"), "float32"),
+    "usual-amp": Contender(USUAL, "AMP (float16), NCHW", lambda job: usual(job, "float16"), "float16", wants_cuda=True),
+    "usual-bf16": Contender(USUAL, "bfloat16 autocast, NCHW", lambda job: usual(job, "bfloat16"), "bfloat16"),
     "lightly": Contender(
         "lightly, SimCLR",
         "float32 (a GPU: AMP), NCHW",
         lambda job: lightly(job, _usual_precision()),
+        "float16",
         "pip install --no-deps lightly==1.6.0 lightning-utilities",
     ),
     "supervised": Contender("supervised, cross-entropy", "as ours, channels last", supervised),

@@ -20,6 +20,7 @@ class Row:
     name: str
     title: str
     form: str
+    precision: str = ""
     overrides: list[str] = field(default_factory=list)
     views: int = 0
     rounds: list[dict[str, float]] = field(default_factory=list)

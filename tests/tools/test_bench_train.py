@@ -149,9 +149,9 @@ def test_a_contender_that_fails_has_a_row_and_the_exit_code_tells(repository):
 def test_the_ratio_is_of_views_a_second(bench):
     options = bench.parse_arguments(["--rounds", "3", "--steps", "2"])
     config = bench.load_config("cifar10-varcon")
-    ours = bench.Row("ours", "", "", views=64, rounds=[{"seconds": s, "waited": s / 4} for s in (4, 2, 8)])
-    theirs = bench.Row("usual", "", "", views=32, rounds=[{"seconds": s, "waited": 0} for s in (6, 4, 8)])
-    found = bench.figures(ours, theirs, options, config, flops=10**12)
+    ours = bench.Row("ours", "", "", "bfloat16", views=64, rounds=[{"seconds": s, "waited": s / 4} for s in (4, 2, 8)])
+    theirs = bench.Row("usual", "", "", "float16", views=32, rounds=[{"seconds": s, "waited": 0} for s in (6, 4, 8)])
+    found = bench.figures(ours, theirs, options, config, 10**12, "a processor")
     assert found["step_seconds"] == 2
     assert found["step_seconds_range"] == [1, 4]
     assert found["views_per_second"] == found["tflops"] == 32
@@ -159,6 +159,42 @@ def test_the_ratio_is_of_views_a_second(bench):
     assert found["ratio"] == pytest.approx((3 / 32) / (2 / 64))
     assert found["ratio_range"] == pytest.approx([2, 4])
     assert "mfu" not in found
+
+
+def test_mfu_is_a_share_of_what_the_device_does_in_the_rows_own_format(bench):
+    options, config = bench.parse_arguments(["--steps", "1"]), bench.load_config("cifar10-varcon")
+
+    def found(precision, device):
+        row = bench.Row("ours", "", "", precision, views=100, rounds=[{"seconds": 1, "waited": 0}])
+        return bench.figures(row, None, options, config, 10**12, device)
+
+    for precision, device, peak, name in (
+        ("bfloat16", "NVIDIA H100 80GB HBM3", 989.4, "bfloat16"),
+        ("float16", "NVIDIA H100 80GB HBM3", 989.4, "bfloat16"),
+        ("float32", "NVIDIA H100 80GB HBM3", 494.7, "TF32"),
+        ("bfloat16", "NVIDIA A100-SXM4-40GB", 312.0, "bfloat16"),
+    ):
+        row = found(precision, device)
+        assert row["peak"] == {"tflops": peak, "format": name}
+        assert row["mfu"] == pytest.approx(100 / peak)
+
+
+def test_every_row_has_its_precision_and_no_epoch_ends_in_a_round(bench, tmp_path):
+    vary = ["--vary", "compute.precision=float32", "--vary", "batch.global_batch_size=64,512"]
+    options = bench.parse_arguments(["--batch", "256", "--warm-up", "12", "--steps", "10", "--only", "ours", *vary])
+    assert options.count == 23 * 512
+    rows = bench.rows_of(options, bench.load_config(options.config, bench.overrides_of(options, tmp_path)), tmp_path)
+    assert [row.precision for row in rows] == ["bfloat16", "float32", "bfloat16", "bfloat16"]
+    assert [row.views for row in rows] == [512, 512, 128, 1024]
+
+
+def test_ours_settles_each_step_as_training_does(repository, tmp_path):
+    """The second step ends only when the first is known: a loss above the limit is found before the third begins."""
+    ended = run(repository, "safety.loss_limit=0.000001", "--only", "ours", "--warm-up", 5)
+    assert ended.returncode == 1
+    (row,) = rows(ended.stdout)
+    assert row["images/s"].startswith("failed: ")
+    assert "step 1: " in row["images/s"]
 
 
 def test_the_loss_of_the_usual_script_is_supcons(tools_on_path):
