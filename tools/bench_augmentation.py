@@ -28,7 +28,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PIXELS = 32 * 224 * 224  # in the views of a measurement
 
 
-def main() -> None:
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="digits-varcon", metavar="RECIPE")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
@@ -36,7 +36,11 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[32, 224], help="pixels")
     parser.add_argument("--classes", type=int, default=10, help="of the recipe's step")
     parser.add_argument("--repeats", type=int, default=9)
-    options = parser.parse_intermixed_args()
+    return parser.parse_intermixed_args(arguments)
+
+
+def main() -> None:
+    options = parse_arguments()
 
     from varscale.engine import distributed
 

@@ -99,12 +99,16 @@ def _random_batch(config: Config, images: int, ranks: distributed.Ranks) -> Micr
     return MicroBatch(tuple(views), labels, torch.arange(images, device=ranks.device))
 
 
-def main() -> None:
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", action="append", metavar="'RECIPE key=value ...'", help="in place of those built in")
     parser.add_argument("--zero", nargs="+", default=["zero0", "zero2", "zero3"])
     parser.add_argument("--json", type=Path, help="also write estimates and peaks there")
-    options = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    options = parse_arguments()
     cases = list(product(options.case or CASES, options.zero))
     estimates = [foretell(case, zero) for case, zero in cases]
     ranks, found = distributed.join(), []

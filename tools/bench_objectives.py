@@ -153,13 +153,17 @@ def check_agreement(device: str) -> None:
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
 
 
-def main() -> None:
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--shapes", nargs="+", type=shape, default=SHAPES, metavar="N,C,D", help="of the batches")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    options = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    options = parse_arguments()
     torch.set_num_threads(options.threads)
     check_agreement(options.device)
     print(f"torch {torch.__version__}, {options.device}, {options.threads} threads, medians of {options.repeats}\n")

@@ -23,7 +23,9 @@ version=3.12
 mib=60
 cifar100=
 out=
-lacks="deepspeed hjson pydantic pydantic-core annotated-types typing-inspection submitit ffcv pytorch-metric-learning"
+# typing-extensions it has, but maybe an older one than pydantic needs.
+lacks="deepspeed hjson pydantic pydantic-core annotated-types typing-extensions typing-inspection submitit ffcv"
+lacks+=" pytorch-metric-learning"
 built="deepspeed ffcv" # from source; their wheels serve every Python
 extra=(lightly==1.6.0 lightning-utilities==0.15.3) # measured against, and not in requirements.lock
 

@@ -4,9 +4,10 @@
     python tools/gpu_plan.py 2 --out results --work work            # needs a GPU
     python tools/gpu_plan.py 2 --out results --work work --toy      # the same stages in small, on a CPU
 
-Each stage is a command with a time limit of its own; one that fails or hangs is reported, and the next one begins. What
-they print goes to stdout and, as a whole, to OUT/runN.md; their tables, and the JSON that they write, to OUT/runN.json,
-which is written again after every stage; what they say on stderr to OUT/runN.log. Ends with 1 where a stage failed.
+Each stage is a command with a time limit of its own; one that fails or hangs is reported, and the next one begins. A
+run has a limit as well: stages get what is left of it, and those for which nothing is left are left out. What they
+print goes to stdout and, as a whole, to OUT/runN.md; their tables, and the JSON that they write, to OUT/runN.json,
+which is written again after every stage; what they say on stderr to OUT/runN.log. Ends with 1 where one is not done.
 """
 
 import argparse
@@ -27,6 +28,8 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # varscale is imported from here, whether it is installed or not
 TOY_PATIENCE = 10  # times the limits of the real run
+RUN_LIMIT = 540  # seconds; no run's stages may have more together
+LEAST = 5  # seconds; with less a stage cannot even begin
 GPU_TESTS = [  # of whole runs first: they tell the most
     "tests/test_waiting.py",
     "tests/test_profile_runs.py",
@@ -54,10 +57,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     for folder in (options.out, options.work):
         folder.mkdir(parents=True, exist_ok=True)
-    place = options.out / f"run{options.run}"
+    place = options.out / (f"run{options.run}" if options.run.isdigit() else options.run)
     found_machine = machine()
     results: list[dict] = []
-    stages = {1: kernels, 2: steps, 3: training}[options.run](options)
+    stages = RUNS[options.run](options)
     with open(place.with_suffix(".md"), "w") as text, open(place.with_suffix(".log"), "wb") as log:
 
         def show(words: str) -> None:
@@ -67,7 +70,9 @@ def main(arguments: list[str] | None = None) -> int:
         for stage in stages_with_results(stages, results):
             if options.toy:  # which may be run where others work, too
                 stage = stage._replace(limit=TOY_PATIENCE * stage.limit)
-            result = perform(stage, log)
+            left = int(options.ends - time.monotonic())
+            stage = stage._replace(limit=min(stage.limit, left))
+            result = perform(stage, log) if left >= LEAST else left_out(stage)
             results.append(result)
             show(f"## {stage.title}: {result['outcome']}, {result['seconds']:.0f} s of {stage.limit}\n")
             show(f"    {result['command']}\n\n{result.pop('printed').strip()}")
@@ -80,29 +85,42 @@ def main(arguments: list[str] | None = None) -> int:
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=int, choices=[1, 2, 3])
+    parser.add_argument("run", choices=RUNS)
     parser.add_argument("--out", type=Path, required=True, help="for the results, three files a run")
     parser.add_argument("--work", type=Path, required=True, help="for data and checkpoints")
     parser.add_argument("--toy", action="store_true", help="in small, on any machine")
+    parser.add_argument("--seconds", type=float, default=RUN_LIMIT, help="that the run may take (default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=5, help="that run 3 trains (default: 5)")
     parser.add_argument("--cifar100", type=Path, metavar="NPZ", help="for run 3: x_train, y_train, x_test, y_test")
     options = parser.parse_args(arguments)
     options.out, options.work = options.out.resolve(), options.work.resolve()  # stages run in another folder
-    if options.run == 3 and not options.toy and (options.cifar100 is None or not options.cifar100.is_file()):
+    options.ends = time.monotonic() + options.seconds * (TOY_PATIENCE if options.toy else 1)
+    if options.run == "3" and not options.toy and (options.cifar100 is None or not options.cifar100.is_file()):
         parser.error("run 3 needs --cifar100 FILE.npz (tools/gpu_bundle.sh --cifar100 brings it along)")
     return options
 
 
+def first(options: argparse.Namespace) -> Stages:
+    """What is worth the most where there is one call: GPU tests in short, our step beside two others, its profile."""
+    yield SMOKE
+    short = [name for name in GPU_TESTS if name != "tests/test_survival.py"]
+    yield gpu_tests(GPU_TESTS[-1:] if options.toy else short, 130)
+    yield step_beside(options, ["ours", "usual-amp", "supervised"], 180)
+    yield profile(options, 70)
+
+
 def kernels(options: argparse.Namespace) -> Stages:
-    """Run 1: the tests that need a GPU, kernels, loaders."""
-    yield gpu_tests(GPU_TESTS[-1:] if options.toy else GPU_TESTS, 180)
+    """Run 1: the tests that need a GPU, kernels, loaders, memory."""
+    yield SMOKE
+    yield gpu_tests(GPU_TESTS[-1:] if options.toy else GPU_TESTS, 190)
     small = ["--shapes", "64,10,16", "--repeats", "1"] if options.toy else ["--device", "cuda"]
-    yield Stage("objectives", tool("bench_objectives", *small), 90)
+    yield Stage("objectives", tool("bench_objectives", *small), 50)
     settings = ["--config", "imagenet100-varcon", "batch.global_batch_size=64", "--sizes", "32", "224"]
     settings += ["--classes", "100", "--policies", "simaugment", "byol"]
     small = ["--policies", "crop_flip", "--sizes", "16", "--repeats", "1", "batch.global_batch_size=4"]
-    yield Stage("augmentation", tool("bench_augmentation", *(small if options.toy else settings)), 150)
-    settings = ["--count", "512", "--rounds", "3", "--cores", str(len(os.sched_getaffinity(0)))]
+    yield Stage("augmentation", tool("bench_augmentation", *(small if options.toy else settings)), 110)
+    path = options.work / "loaders.json"
+    settings = ["--count", "256", "--rounds", "2", "--cores", str(len(os.sched_getaffinity(0)))]
     settings += ["--only", "ours", "torchvision", "ours-colour", "pil-colour", "decoding"]
     small = [
         "--images",
@@ -118,42 +136,63 @@ def kernels(options: argparse.Namespace) -> Stages:
         "--only",
         "ours",
     ]
-    yield Stage("loaders", tool("bench_loader", *(small if options.toy else settings)), 150)
+    command = tool("bench_loader", *(small if options.toy else settings), "--json", str(path))
+    yield Stage("loaders", command, 110, (str(path),))
+    path = options.work / "memory.json"
+    cases = ["imagenet100-varcon batch.global_batch_size=64", "cifar100-varcon batch.global_batch_size=512"]
+    cases = ["digits-varcon batch.global_batch_size=8"] if options.toy else [*cases, "cifar100-vssl"]
+    chosen = [word for case in cases for word in ("--case", case)]
+    command = tool("bench_memory", *chosen, "--zero", "zero0", "--json", str(path))
+    yield Stage("memory", command, 50, (str(path),))
 
 
 def steps(options: argparse.Namespace) -> Stages:
-    """Run 2: the training step beside others, then ours at several settings, then its profile."""
-    compared = ["ours", "ours-float32", "usual-amp", "usual-bf16", "lightly", "supervised"]
-    scale = ["--encoder", "resnet50", "--image-size", "224", "--batch", "256", "--rounds", "3", "--steps", "10"]
-    scale += ["--warm-up", "12", "--peak-tflops", "989"]
+    """Run 2: the training step beside others, its profile, then ours at several settings."""
+    yield SMOKE
+    yield step_beside(options, ["ours", "ours-float32", "usual-amp", "usual-bf16", "lightly", "supervised"], 180)
+    yield profile(options, 60)
     batches, zeros, compiled = "64,128,512", "zero1,zero2,zero3", "true"
     if options.toy:
-        compared = ["ours", "supervised"]
-        scale = ["--batch", "4", "--image-size", "16", "--stem", "imagenet", "--rounds", "1", "--steps", "1"]
-        scale += ["--warm-up", "1"]
         batches, zeros, compiled = "8", "zero2", "false"  # a CPU would compile for minutes
-
-    def bench(title: str, limit: int, name: str, *arguments: str) -> Stage:
-        path = options.work / f"{name}.json"
-        arguments = (*scale, "--seconds", str(limit // 3), *arguments, "--json", str(path))  # a round more must fit
-        return Stage(title, tool("bench_train", *arguments), limit, (str(path),))
-
-    yield bench("step", 200, "step", "--only", *compared)
-    yield bench("compiled", 130, "compiled", "--only", "ours", "--vary", f"compute.compile={compiled}")
-    yield bench("batch sizes", 80, "batch", "--only", "ours", "--vary", f"batch.global_batch_size={batches}")
+    yield bench(options, "compiled", 130, "compiled", "--only", "ours", "--vary", f"compute.compile={compiled}")
+    varied = ["--vary", f"batch.global_batch_size={batches}"]
+    yield bench(options, "batch sizes", 70, "batch", "--only", "ours", *varied)
     varied = ["--vary", f"deepspeed.config={zeros}", "--vary", "compute.channels_last=false"]
-    yield bench("ZeRO stages and layout", 80, "zero", "--only", "ours", *varied)
-    data = options.work / "digits"
-    yield Stage("data for the profile", tool("convert_dataset", "digits", str(data), "--overwrite"), 30)
-    large = ["data.image_size=224", "encoder={name: resnet50, stem: imagenet}", "batch.global_batch_size=128"]
-    small = ["data.image_size=16", "batch.global_batch_size=8"]
-    command = python("varscale/train.py", "--config", "digits-varcon", "--profile", *(small if options.toy else large))
-    command += [f"data.dir={data}", "schedule.epochs=1", "schedule.warmup_epochs=0", "online_knn.every_epochs=0"]
-    yield Stage("profile", [*command, f"output_dir={fresh(options.work / 'profile')}", "logging.trackers=[]"], 80)
+    yield bench(options, "ZeRO stages and layout", 70, "zero", "--only", "ours", *varied)
+
+
+def step_beside(options: argparse.Namespace, names: list[str], limit: int) -> Stage:
+    """Ours beside others, on images that are kept for `profile`."""
+    names = ["ours", "supervised"] if options.toy else names
+    options.images = fresh(options.work / "images")
+    return bench(options, "step", limit, "step", "--only", *names, "--folder", str(options.images))
+
+
+def bench(options: argparse.Namespace, title: str, limit: int, name: str, *arguments: str) -> Stage:
+    path = options.work / f"{name}.json"
+    scale = ["--encoder", "resnet50", "--image-size", "224", "--batch", "256", "--rounds", "3", "--steps", "10"]
+    scale += ["--warm-up", "12"]
+    if options.toy:
+        scale = ["--batch", "4", "--image-size", "16", "--stem", "imagenet", "--rounds", "1", "--steps", "1"]
+        scale += ["--warm-up", "1", "--data", "synthetic"]
+    arguments = (*scale, "--seconds", str(limit // 3), *arguments, "--json", str(path))  # a round more must fit
+    return Stage(title, tool("bench_train", *arguments), limit, (str(path),))
+
+
+def profile(options: argparse.Namespace, limit: int) -> Stage:
+    """Where the time of the step goes that `step_beside` has measured."""
+    run = fresh(options.work / "profile")
+    command = python("varscale/train.py", "--config", "cifar10-varcon", "--profile")
+    small = ["data.image_size=16", "encoder={name: resnet18, stem: imagenet}", "batch={global_batch_size: 4}"]
+    large = ["data.image_size=224", "encoder={name: resnet50, stem: imagenet}", "batch={global_batch_size: 256}"]
+    command += [*(small if options.toy else large), f"data.dir={options.images / 'converted'}", "schedule.epochs=1"]
+    command += ["schedule.warmup_epochs=0", "online_knn.every_epochs=0", f"output_dir={run}", "logging.trackers=[]"]
+    return Stage("profile", command, limit, (f"{run}/profile/profile.json",))
 
 
 def training(options: argparse.Namespace) -> Stages:
     """Run 3: VarCon with ResNet-50 on CIFAR-100, as many of the recipe's epochs as fit, then what it has learned."""
+    yield SMOKE
     from varscale.config import load_config
     from varscale.data.dataset import read_dataset_info
 
@@ -161,13 +200,13 @@ def training(options: argparse.Namespace) -> Stages:
     source = "digits" if options.toy else f"npz:{options.cifar100}"
     data, run, measured = options.work / "data", fresh(options.work / "run"), options.work / "measured.json"
     small = ["data.image_size=16", "data.crop_scale=[0.5,1.0]", "data.flip=0.0"] if options.toy else []
-    yield Stage("conversion", tool("convert_dataset", source, str(data), "--overwrite"), 90)
+    yield Stage("conversion", tool("convert_dataset", source, str(data), "--overwrite"), 40)
     encoder = ["--encoder", "resnet18", "--stem", "imagenet"] if options.toy else ["--encoder", "resnet50"]
     rounds = ["--rounds", "1", "--steps", "1", "--warm-up", "1"] if options.toy else ["--rounds", "2", "--steps", "5"]
     bench = ["--config", recipe, *encoder, "--batch", str(batch), "--data", str(data), "--only", "ours", *rounds]
     limit = f"batch.max_micro_batch_size={load_config(recipe).batch.max_micro_batch_size or 'null'}"
     found = yield Stage(
-        "the time of a step", tool("bench_train", *bench, limit, *small, "--json", str(measured)), 90, (str(measured),)
+        "the time of a step", tool("bench_train", *bench, limit, *small, "--json", str(measured)), 70, (str(measured),)
     )
     step = next((row["step_seconds"] for left in found["left"] for row in left["rows"] if "step_seconds" in row), None)
     if step is None or not (data / "dataset.json").is_file():
@@ -180,9 +219,9 @@ def training(options: argparse.Namespace) -> Stages:
     settings += [f"online_knn.every_epochs={math.ceil(epochs / 4)}", "checkpoint.every_steps=1000000"]
     settings += [f"safety.time_limit_minutes={options.minutes:g}", f"data.dir={data}", f"output_dir={run}", *small]
     command = python("varscale/train.py", "--config", recipe, *settings)
-    yield Stage(f"training, {epochs} epochs", command, round(60 * options.minutes) + 60, (f"{run}/metrics.jsonl",))
+    yield Stage(f"training, {epochs} epochs", command, round(60 * options.minutes) + 30, (f"{run}/metrics.jsonl",))
     evaluators = python("-m", "varscale.evaluate", "--checkpoint", str(run), "knn", "linear_cached")
-    yield Stage("evaluation", evaluators, 120, (f"{run}/evaluation/*.json",))
+    yield Stage("evaluation", evaluators, 75, (f"{run}/evaluation/*.json",))
 
 
 def gpu_tests(files: list[str], limit: int) -> Stage:
@@ -205,6 +244,11 @@ def tool(name: str, *arguments: str) -> list[str]:
     return python(f"tools/{name}.py", *arguments)
 
 
+SMOKE = Stage("smoke", tool("gpu_smoke"), 25)
+# By name: generators of their stages.
+RUNS = {"first": first, "1": kernels, "2": steps, "3": training}
+
+
 def fresh(folder: Path) -> Path:
     """A name under which there is nothing yet: this folder's, with a number."""
     return next(path for n in range(1, 10**6) if not (path := folder.with_name(f"{folder.name}{n}")).exists())
@@ -222,6 +266,8 @@ def perform(stage: Stage, log) -> dict:
     """Run a stage, with all the processes that it starts, for its time limit at most."""
     log.write(f"\n== {stage.title}: {shlex.join(stage.command)}\n".encode())
     log.flush()
+    for path in (path for pattern in stage.leaves for path in Path(pattern).parent.glob(Path(pattern).name)):
+        path.unlink()  # of an earlier run
     start, outcome = time.monotonic(), "done"
     environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
     process = subprocess.Popen(
@@ -239,9 +285,7 @@ def perform(stage: Stage, log) -> dict:
     if process.returncode and outcome == "done":
         outcome = f"FAILED with exit code {process.returncode}"
     printed = printed.decode(errors="replace")
-    return {
-        "title": stage.title,
-        "command": shlex.join(["python", *stage.command[1:]]),
+    return left_out(stage) | {
         "outcome": outcome,
         "exit_code": process.returncode,
         "seconds": time.monotonic() - start,
@@ -249,6 +293,13 @@ def perform(stage: Stage, log) -> dict:
         "left": [content for pattern in stage.leaves for content in left_behind(Path(pattern))],
         "printed": printed,
     }
+
+
+def left_out(stage: Stage) -> dict:
+    """The result of a stage for which no time was left."""
+    command = shlex.join(["python", *stage.command[1:]])
+    nothing = {"exit_code": None, "seconds": 0, "tables": [], "left": [], "printed": ""}
+    return {"title": stage.title, "command": command, "outcome": "LEFT OUT: no time was left", **nothing}
 
 
 def left_behind(pattern: Path) -> Iterator[object]:

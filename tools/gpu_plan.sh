@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Measures on a machine with a GPU and without a network, in three runs of at most ten minutes: benchmarks/gpu.md.
+# Measures on a machine with a GPU and without a network, in runs of at most ten minutes: benchmarks/gpu.md.
 set -euo pipefail
 
 usage() {
     cat <<'USAGE'
-usage: tools/gpu_plan.sh [--toy] 1|2|3
+usage: tools/gpu_plan.sh [--toy] first|1|2|3
        tools/gpu_plan.sh receive PART
 
+  first         what is worth the most, in seven minutes: GPU tests in short, our step beside two others, its profile
   1, 2, 3       kernels and loaders; the training step; CIFAR-100
   --toy         the same stages in small, on any machine
   receive PART  take over a part of what tools/gpu_bundle.sh made: wheels, and a piece of the data
@@ -14,6 +15,7 @@ usage: tools/gpu_plan.sh [--toy] 1|2|3
 environment: OUT      for the results: three files a run (default: gpu-results)
              WORK     for wheels, data and checkpoints (default: varscale-gpu in the folder for temporary files)
              PYTHON   with torch, torchvision, triton and what else the bundle leaves out (default: python3)
+             LIMIT    seconds that all of this may take (default: 580); what does not fit is left out
              MINUTES  that run 3 trains (default: 5)
              CIFAR100 an .npz for run 3 that is there already (default: the bundle's)
 USAGE
@@ -36,15 +38,15 @@ fi
 options=()
 if [ "${1:-}" = --toy ]; then options+=(--toy); shift; fi
 case "${1:-}" in
-    1 | 2 | 3) run=$1 ;;
+    first | 1 | 2 | 3) run=$1 ;;
     -h | --help) usage; exit 0 ;;
-    *) usage >&2; fail "which run: 1, 2 or 3" ;;
+    *) usage >&2; fail "which run: first, 1, 2 or 3" ;;
 esac
 
 # Beside the machine's own packages, of which none is replaced.
 if compgen -G "$work/bundle/*.whl" >/dev/null; then
     if [ ! -f "$work/site/complete" ] || [ -n "$(find "$work/bundle" -name '*.whl' -newer "$work/site/complete")" ]; then
-        "$python" -m pip install --quiet --no-index --no-deps --upgrade --target "$work/site" "$work"/bundle/*.whl ||
+        "$python" -m pip install --quiet --no-index --no-deps --no-compile --upgrade --target "$work/site" "$work"/bundle/*.whl ||
             fail "the wheels in $work/bundle could not be installed (reason above)"
         touch "$work/site/complete"
     fi
@@ -64,4 +66,5 @@ if [ "$run" = 3 ] && [ ${#options[@]} = 0 ]; then
 fi
 
 cd "$root"
-exec "$python" tools/gpu_plan.py "$run" "${options[@]}" --minutes "${MINUTES:-5}" --out "$out" --work "$work/run$run"
+options+=(--minutes "${MINUTES:-5}" --seconds $((${LIMIT:-580} - SECONDS))) # SECONDS: since this began
+exec "$python" tools/gpu_plan.py "$run" "${options[@]}" --out "$out" --work "$work/run-$run"

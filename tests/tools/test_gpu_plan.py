@@ -7,6 +7,8 @@ import subprocess
 import sys
 import sysconfig
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -36,7 +38,7 @@ def run(repository, tmp_path):
 def stages(ended, out, number):
     assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]
     document = json.loads((out / f"run{number}.json").read_text())
-    assert (document["run"], document["toy"]) == (number, True)
+    assert (document["run"], document["toy"]) == (str(number), True)
     assert {stage["outcome"] for stage in document["stages"]} == {"done"}
     assert (out / f"run{number}.md").read_text().strip() in ended.stdout
     return {stage["title"]: stage for stage in document["stages"]}
@@ -45,7 +47,7 @@ def stages(ended, out, number):
 @pytest.mark.timeout(1800)
 def test_the_first_run_in_small(run, tmp_path):
     found = stages(run("--toy", 1), tmp_path / "out", 1)
-    assert list(found) == ["tests that need a GPU", "objectives", "augmentation", "loaders"]
+    assert list(found) == ["smoke", "tests that need a GPU", "objectives", "augmentation", "loaders", "memory"]
     assert all(stage["tables"][0] for stage in found.values())
     counts = found["tests that need a GPU"]["tables"][0][0]
     assert int(counts.get("passed", 0)) + int(counts.get("skipped", 0)) > 0
@@ -58,6 +60,7 @@ def test_the_second_run_in_small(run, tmp_path):
     found = stages(run("--toy", 2), tmp_path / "out", 2)
     assert [row["title"] for row in found["step"]["left"][0]["rows"]] == ["varscale", "supervised, cross-entropy"]
     assert [row["views"] for row in found["batch sizes"]["left"][0]["rows"]] == [8, 16]
+    assert sum(found["profile"]["left"][0]["host"].values()) > 0
     assert [row["overrides"] for row in found["ZeRO stages and layout"]["left"][0]["rows"]] == [
         [],
         ["deepspeed.config=zero2"],
@@ -69,7 +72,7 @@ def test_the_second_run_in_small(run, tmp_path):
 @pytest.mark.timeout(1800)
 def test_the_third_run_in_small(run, tmp_path):
     found = stages(run("--toy", 3), tmp_path / "out", 3)
-    assert list(found) == ["conversion", "the time of a step", "training, 2 epochs", "evaluation"]
+    assert list(found) == ["smoke", "conversion", "the time of a step", "training, 2 epochs", "evaluation"]
     assert found["training, 2 epochs"]["left"][0][-1]["step"] > 0
     measured = found["evaluation"]["left"][0]
     assert "linear_cached" in json.dumps(measured)
@@ -83,8 +86,8 @@ def test_the_plan_knows_all_tests_that_need_a_gpu(plan, repository):
 
 
 def test_the_third_run_needs_no_installed_varscale(repository, tmp_path):
-    code = "import runpy, sys; plan = runpy.run_path(sys.argv[1]); print(next(plan['training'](plan['parse_arguments']("
-    code += "['3', '--toy', '--out', 'out', '--work', 'work']))).title)"
+    code = "import runpy, sys; plan = runpy.run_path(sys.argv[1]); stages = plan['training'](plan['parse_arguments']("
+    code += "['3', '--toy', '--out', 'out', '--work', 'work'])); next(stages); print(stages.send({}).title)"
     ended = subprocess.run(
         # Without the site's .pth files there are other packages, but none that is installed in place.
         [sys.executable, "-S", "-c", code, repository / "tools" / "gpu_plan.py"],
@@ -114,7 +117,7 @@ def test_a_stage_that_fails_and_one_that_hangs_are_told_and_the_others_go_on(pla
             "last", python(f"open({str(tmp_path / 'x.json')!r}, 'w').write('[7]')"), 60, (f"{tmp_path}/x.json",)
         )
 
-    monkeypatch.setattr(plan, "kernels", made)
+    monkeypatch.setitem(plan.RUNS, "1", made)
     assert plan.main(["1", "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]) == 1
     document = json.loads((tmp_path / "out" / "run1.json").read_text())
     assert [stage["outcome"] for stage in document["stages"]] == [
@@ -129,6 +132,104 @@ def test_a_stage_that_fails_and_one_that_hangs_are_told_and_the_others_go_on(pla
     marker.unlink(missing_ok=True)
     time.sleep(0.3)
     assert not marker.exists()  # what the stage had started has ended with it
+
+
+def test_stages_get_what_is_left_of_the_runs_time(plan, monkeypatch, tmp_path, capsys):
+    def made(options):
+        yield plan.Stage("too long", [sys.executable, "-c", "import time; time.sleep(60)"], 100)
+        left = yield plan.Stage("left out", [sys.executable, "-c", "raise SystemExit(9)"], 100)
+        assert (left["exit_code"], left["left"]) == (None, [])
+
+    monkeypatch.setitem(plan.RUNS, "1", made)
+    monkeypatch.setattr(plan, "machine", dict)
+    start = time.monotonic()
+    command = ["1", "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"), "--seconds", "8"]
+    assert plan.main(command) == 1
+    assert time.monotonic() - start < 20
+    document = json.loads((tmp_path / "out" / "run1.json").read_text())
+    outcomes = [stage["outcome"] for stage in document["stages"]]
+    assert outcomes == ["FAILED: out of time", "LEFT OUT: no time was left"]
+    assert "| left out | LEFT OUT: no time was left | 0 |" in capsys.readouterr().out
+
+
+def measured(row_seconds):
+    return {"exit_code": 0, "left": [{"rows": [{"step_seconds": row_seconds}]}]}
+
+
+@pytest.fixture(scope="module")
+def real_stages(plan, digits, tmp_path_factory):
+    """The stages of every run as they are on a GPU, by the run's name."""
+    from varscale.data.dataset import read_dataset_info, write_dataset_info
+
+    folder = tmp_path_factory.mktemp("plan")
+    (folder / "cifar100.npz").touch()
+    found = {}
+    for run, stages in plan.RUNS.items():
+        arguments = [run, "--out", str(folder), "--work", str(folder / run), "--cifar100", str(folder / "cifar100.npz")]
+        (folder / run / "data").mkdir(parents=True)  # what the conversion would have left
+        info = read_dataset_info(digits)
+        write_dataset_info(folder / run / "data", replace(info, counts=info.counts | {"train": (5000,) * 10}))
+        found[run], results = [], []
+        for stage in plan.stages_with_results(stages(plan.parse_arguments(arguments)), results):
+            found[run].append(stage)
+            results.append(measured(0.2))
+    return found
+
+
+def test_the_limits_of_a_runs_stages_fit_into_a_call(plan, real_stages):
+    assert [len(stages) for stages in real_stages.values()] == [4, 6, 6, 5]
+    for run, stages in real_stages.items():
+        assert sum(stage.limit for stage in stages) <= plan.RUN_LIMIT == 540, run
+    assert sum(stage.limit for stage in real_stages["first"]) <= 420
+
+
+def test_every_stage_is_understood_by_its_program(real_stages, tool, repository, monkeypatch, tmp_path):
+    """By the program's own parser, and configurations by its own loading: a slip must not be found on the machine."""
+    from varscale import evaluate, train
+    from varscale.config import load_config, resolve_batch, resolve_deepspeed
+
+    monkeypatch.syspath_prepend(repository / "tools")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
+    parsed = set()
+    for stage in (stage for stages in real_stages.values() for stage in stages):
+        program, *arguments = stage.command[1:]
+        parsed.add(Path(program).stem if program != "-m" else arguments[0])
+        if program == "varscale/train.py":
+            options = train.parse_arguments(arguments)
+            config = load_config(options.config, options.overrides)
+            resolve_deepspeed(config, resolve_batch(config.batch, 1))
+        elif program == "-m" and arguments[0] == "varscale.evaluate":
+            evaluate.choose_evaluators(evaluate.parse(arguments[1:]).evaluators)
+        elif program == "-m" and arguments[0] == "pytest":
+            assert all((repository / name).is_file() for name in arguments if name.endswith(".py"))
+        elif program == "tools/convert_dataset.py":
+            tool("convert_dataset").parse_conversion(arguments)
+        elif program == "tools/gpu_smoke.py":
+            assert not arguments
+        else:
+            bench = tool(Path(program).stem)
+            options = bench.parse_arguments(arguments)
+            if hasattr(bench, "overrides_of"):
+                config = load_config(options.config, bench.overrides_of(options, tmp_path))
+                bench.check(config)
+                assert bench.rows_of(options, config, tmp_path)
+            elif hasattr(options, "overrides"):
+                load_config(options.config, options.overrides)
+            elif hasattr(options, "zero"):
+                assert all(bench.resolve(case, zero) for case in options.case for zero in options.zero)
+    assert parsed == {
+        "gpu_smoke", "pytest", "bench_objectives", "bench_augmentation", "bench_loader", "bench_memory", "bench_train",
+        "train", "convert_dataset", "varscale.evaluate",
+    }  # fmt: skip
+
+
+def test_what_training_needs_is_there(repository):
+    ended = subprocess.run(
+        [sys.executable, repository / "tools" / "gpu_smoke.py"], capture_output=True, text=True, timeout=500
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "| FFCV's compiled library | decodes |" in ended.stdout
+    assert "| deepspeed | 0." in ended.stdout
 
 
 def test_the_tables_of_a_text(plan):
