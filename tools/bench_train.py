@@ -107,7 +107,8 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 def largest_batch(options: argparse.Namespace) -> int:
     """Images of the largest step of all rows."""
     set_to = [text.partition("=") for text in (*options.overrides, *varied(options))]
-    return max([options.batch, *(int(value) for key, _, value in set_to if key == "batch.global_batch_size")])
+    sizes = [int(value) for key, _, value in set_to if key == "batch.global_batch_size" and value.isdigit()]
+    return max([options.batch, *sizes])
 
 
 def kept(folder: Path) -> AbstractContextManager[Path]:

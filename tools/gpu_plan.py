@@ -112,9 +112,9 @@ def first(options: argparse.Namespace) -> Stages:
 def kernels(options: argparse.Namespace) -> Stages:
     """Run 1: the tests that need a GPU, kernels, loaders, memory."""
     yield SMOKE
-    yield gpu_tests(GPU_TESTS[-1:] if options.toy else GPU_TESTS, 190)
+    yield gpu_tests(GPU_TESTS[-1:] if options.toy else GPU_TESTS, 185)
     small = ["--shapes", "64,10,16", "--repeats", "1"] if options.toy else ["--device", "cuda"]
-    yield Stage("objectives", tool("bench_objectives", *small), 50)
+    yield Stage("objectives", tool("bench_objectives", *small), 45)
     settings = ["--config", "imagenet100-varcon", "batch.global_batch_size=64", "--sizes", "32", "224"]
     settings += ["--classes", "100", "--policies", "simaugment", "byol"]
     small = ["--policies", "crop_flip", "--sizes", "16", "--repeats", "1", "batch.global_batch_size=4"]
@@ -154,9 +154,9 @@ def steps(options: argparse.Namespace) -> Stages:
     batches, zeros, compiled = "64,128,512", "zero1,zero2,zero3", "true"
     if options.toy:
         batches, zeros, compiled = "8", "zero2", "false"  # a CPU would compile for minutes
-    yield bench(options, "compiled", 130, "compiled", "--only", "ours", "--vary", f"compute.compile={compiled}")
+    yield bench(options, "compiled", 125, "compiled", "--only", "ours", "--vary", f"compute.compile={compiled}")
     varied = ["--vary", f"batch.global_batch_size={batches}"]
-    yield bench(options, "batch sizes", 70, "batch", "--only", "ours", *varied)
+    yield bench(options, "batch sizes", 65, "batch", "--only", "ours", *varied)
     varied = ["--vary", f"deepspeed.config={zeros}", "--vary", "compute.channels_last=false"]
     yield bench(options, "ZeRO stages and layout", 70, "zero", "--only", "ours", *varied)
 
@@ -200,7 +200,7 @@ def training(options: argparse.Namespace) -> Stages:
     source = "digits" if options.toy else f"npz:{options.cifar100}"
     data, run, measured = options.work / "data", fresh(options.work / "run"), options.work / "measured.json"
     small = ["data.image_size=16", "data.crop_scale=[0.5,1.0]", "data.flip=0.0"] if options.toy else []
-    yield Stage("conversion", tool("convert_dataset", source, str(data), "--overwrite"), 40)
+    yield Stage("conversion", tool("convert_dataset", source, str(data), "--overwrite"), 30)
     encoder = ["--encoder", "resnet18", "--stem", "imagenet"] if options.toy else ["--encoder", "resnet50"]
     rounds = ["--rounds", "1", "--steps", "1", "--warm-up", "1"] if options.toy else ["--rounds", "2", "--steps", "5"]
     bench = ["--config", recipe, *encoder, "--batch", str(batch), "--data", str(data), "--only", "ours", *rounds]
@@ -221,7 +221,7 @@ def training(options: argparse.Namespace) -> Stages:
     command = python("varscale/train.py", "--config", recipe, *settings)
     yield Stage(f"training, {epochs} epochs", command, round(60 * options.minutes) + 30, (f"{run}/metrics.jsonl",))
     evaluators = python("-m", "varscale.evaluate", "--checkpoint", str(run), "knn", "linear_cached")
-    yield Stage("evaluation", evaluators, 75, (f"{run}/evaluation/*.json",))
+    yield Stage("evaluation", evaluators, 70, (f"{run}/evaluation/*.json",))
 
 
 def gpu_tests(files: list[str], limit: int) -> Stage:
@@ -244,7 +244,7 @@ def tool(name: str, *arguments: str) -> list[str]:
     return python(f"tools/{name}.py", *arguments)
 
 
-SMOKE = Stage("smoke", tool("gpu_smoke"), 25)
+SMOKE = Stage("smoke", tool("gpu_smoke"), 40)
 # By name: generators of their stages.
 RUNS = {"first": first, "1": kernels, "2": steps, "3": training}
 

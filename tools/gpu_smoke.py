@@ -6,6 +6,7 @@
 A table of versions; ends with 1 where something is missing or broken, and says what.
 """
 
+import contextlib
 import importlib
 import sys
 import traceback
@@ -28,7 +29,8 @@ def main() -> int:
     failed = False
     for what, check in checks.items():
         try:
-            found = check()
+            with contextlib.redirect_stdout(sys.stderr):  # what packages say
+                found = check()
         except Exception as error:
             traceback.print_exc()
             failed, found = True, f"FAILED: {error}"
