@@ -19,7 +19,7 @@ OPTIMIZERS = {
     "adamw": {"name": "adamw", "lr": 1e-2, "weight_decay": 1e-1, "exclude_bias_and_norm": True},
     "lars": {"name": "lars", "lr": 1.0, "weight_decay": 1e-2, "exclude_bias_and_norm": True, "trust_coefficient": 0.02},
     # Biases adapt as well: many parameters smaller than the alignment of a partition.
-    "lars_all": {"name": "lars", "lr": 1.0, "weight_decay": 1e-2, "trust_coefficient": 0.02},
+    "lars_all": {"name": "lars", "lr": 1.0, "weight_decay": 1e-2, "trust_coefficient": 0.02, "clip_lr": True},
 }
 
 

@@ -31,10 +31,12 @@ def train(network: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 5) 
 
 
 @pytest.mark.parametrize("exclude", [True, False])
-def test_lars_against_a_plain_reference(exclude: bool) -> None:
-    lr, momentum, decay, trust = 0.7, 0.9, 0.01, 0.02
+@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize("lr", [0.02, 0.7])  # below and above what the trust coefficient allows
+def test_lars_against_a_plain_reference(exclude: bool, clip: bool, lr: float) -> None:
+    momentum, decay, trust = 0.9, 0.01, 0.02
     network, reference = make_network(), make_network()
-    options = {"lr": lr, "momentum": momentum, "weight_decay": decay, "trust_coefficient": trust}
+    options = {"lr": lr, "momentum": momentum, "weight_decay": decay, "trust_coefficient": trust, "clip_lr": clip}
     train(network, build_optimizer(network.named_parameters(), name="lars", exclude_bias_and_norm=exclude, **options))
 
     velocities = [0.0 for _ in reference.parameters()]
@@ -44,6 +46,7 @@ def test_lars_against_a_plain_reference(exclude: bool) -> None:
             if not (exclude and w.ndim == 1):
                 norm, grad_norm = w.data.square().sum().sqrt(), g.square().sum().sqrt()
                 ratio = trust * norm / (grad_norm + decay * norm) if norm > 0 and grad_norm > 0 else 1.0
+                ratio = min(ratio, lr) / lr if clip else ratio
                 g = ratio * (g + decay * w.data)
             velocities[i] = momentum * velocities[i] + g
             w.data -= lr * velocities[i]

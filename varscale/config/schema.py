@@ -92,6 +92,7 @@ class OptimizerConfig(Section):
     weight_decay: NonNegativeFloat = 0.0
     exclude_bias_and_norm: bool = False
     trust_coefficient: PositiveFloat = 0.001
+    clip_lr: bool = False
     clip_grad_norm: PositiveFloat | None = None
 
 

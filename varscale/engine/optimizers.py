@@ -18,7 +18,9 @@ class LARS(torch.optim.Optimizer):
         g <- ratio (grad + weight_decay w),   ratio = trust_coefficient ||w|| / (||grad|| + weight_decay ||w||)
         v <- momentum v + g,                  w <- w - lr v
 
-    The ratio is 1 in groups with `adapt` false and for a weight or gradient of norm zero.
+    The ratio is 1 in groups with `adapt` false and for a weight or gradient of norm zero. With `clip_lr` it is at most
+    1 / lr of what the trust coefficient gives, and at most 1: the learning rate then bounds what the trust coefficient
+    allows (solo-learn's configurations, after the paper's authors), instead of both being multiplied.
 
     partition_group: the ranks over which ZeRO (stage 1 to 3) partitions every parameter; None where parameters are
         whole. DeepSpeed replaces a group's parameters by this rank's flat shard of them, padded at the end, and steps
@@ -37,11 +39,12 @@ class LARS(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         trust_coefficient: float = 0.001,
         adapt: bool = True,
+        clip_lr: bool = False,
         partition_group: dist.ProcessGroup | None = None,
     ):
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         super().__init__(params, {**defaults, "trust_coefficient": trust_coefficient, "adapt": adapt})
-        self.partition_group = partition_group
+        self.clip_lr, self.partition_group = clip_lr, partition_group
         for group in self.param_groups:
             if partition_group is not None and group["adapt"] and len(group["params"]) > 1:
                 raise ValueError("params: with partition_group each adapted parameter must be a group of its own")
@@ -93,6 +96,8 @@ class LARS(torch.optim.Optimizer):
             for name in ("weight_decay", "trust_coefficient")
         )
         ratios = trust * weight / (gradient + decay * weight)
+        if self.clip_lr:
+            ratios = torch.stack(torch._foreach_div(list(ratios), [group["lr"] for _, group in adapted])).clamp_(max=1)
         return list(torch.where((weight > 0) & (gradient > 0), ratios, torch.ones_like(ratios)))
 
     def _without_padding(self, values: Tensor, group: dict) -> Tensor:
@@ -120,6 +125,7 @@ def build_optimizer(
     weight_decay: float = 0.0,
     exclude_bias_and_norm: bool = False,
     trust_coefficient: float = 0.001,
+    clip_lr: bool = False,
     partition_group: dist.ProcessGroup | None = None,
 ) -> torch.optim.Optimizer:
     """The optimizer over those of `named_parameters` that need a gradient.
@@ -127,7 +133,7 @@ def build_optimizer(
     exclude_bias_and_norm: no weight decay, and no LARS adaptation, for parameters of at most one dimension (biases,
         scales and shifts of normalisation) and for a ViT's class token and position embedding.
     partition_group: for lars under ZeRO stages 1 to 3, the ranks that share the parameters (see `LARS`).
-    momentum is for sgd and lars, without Nesterov's form; betas are for adamw; trust_coefficient is for lars.
+    momentum is for sgd and lars, without Nesterov's form; betas are for adamw; trust_coefficient and clip_lr for lars.
 
     Call it before DeepSpeed partitions the parameters: their dimensions are needed. Raises ValueError for an
     unknown name, for no parameters, and for parameters already partitioned.
@@ -153,6 +159,7 @@ def build_optimizer(
             momentum=momentum,
             weight_decay=weight_decay,
             trust_coefficient=trust_coefficient,
+            clip_lr=clip_lr,
             partition_group=partition_group,
         )
     raise ValueError(f"name is {name!r}, expected 'sgd', 'adamw' or 'lars'")
