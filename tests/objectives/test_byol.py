@@ -27,7 +27,7 @@ def test_it_equals_the_papers_squared_distance_between_unit_vectors():
 
 def test_it_equals_lightly():
     lightly = pytest.importorskip(
-        "lightly.loss", reason="its dependencies are many; pip install --no-deps lightly==1.6.0"
+        "lightly.loss", reason="uv pip install --no-deps lightly==1.6.0, as tools/test.sh does"
     )
     student, teacher = random_views(2), random_views(2, seed=1)
     loss, _ = byol_loss(student, teacher)

@@ -56,7 +56,7 @@ def test_nt_xent_equals_pytorch_metric_learning(temperature):
 
 def test_nt_xent_equals_lightly():
     lightly = pytest.importorskip(
-        "lightly.loss", reason="its dependencies are many; pip install --no-deps lightly==1.6.0"
+        "lightly.loss", reason="uv pip install --no-deps lightly==1.6.0, as tools/test.sh does"
     )
     x, _ = random_batch(40, 16, 5)
     z = F.normalize(2 * x)
