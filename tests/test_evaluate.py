@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from accelerate.state import AcceleratorState
 from betons import damage
 from PIL import Image
@@ -48,14 +49,17 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 @pytest.fixture
 def run(tmp_path: Path, data: tuple[Path, str]) -> Path:
     """A run whose "trained" encoder has the parameters of another seed than the untrained one of the baselines."""
-    folder, digest = data
-    overrides = [f"output_dir={tmp_path / 'run'}", f"data.dir={folder}", "data.image_size=8"]
+    return make_run(tmp_path / "run", *data, size=8)
+
+
+def make_run(place: Path, folder: Path, digest: str, size: int) -> Path:
+    overrides = [f"output_dir={place}", f"data.dir={folder}", f"data.image_size={size}"]
     config = load_config("digits-varcon", overrides)
     write_manifest(config, {}, digest, world_size=1, device="cpu")
     encoder = new_encoder(config.model_copy(update={"seed": config.seed + 1}))
     tensors = {f"encoder.{key}": tensor for key, tensor in encoder.state_dict().items()}
-    write_checkpoint(tmp_path / "run", 42, {"model": tensors}, {}, keep=1)
-    return tmp_path / "run"
+    write_checkpoint(place, 42, {"model": tensors}, {}, keep=1)
+    return place
 
 
 @pytest.fixture(autouse=True)
@@ -89,6 +93,19 @@ def test_all_evaluators_and_baselines_in_one_table(run, data, capsys):
     assert [float(number) for number in row[3:]] == [
         round(found[model, "knn"]["metrics"]["top1_k5"], 2) for model in models
     ]
+
+
+def test_the_columns_of_experiments_are_metrics_that_there_are(repository, tmp_path):
+    lists = yaml.safe_load((repository / "tools" / "experiments.yaml").read_text())
+    tables = [lists["columns"], *(one["columns"] for one in lists["experiments"].values() if "columns" in one)]
+    columns = {tuple(column) for table in tables for column in table.values()}
+    folder = tmp_path / "colours"
+    run = make_run(tmp_path / "run", folder, convert_colours(folder, size=32), size=32)
+    arguments = ["--checkpoint", str(run), *sorted({name for name, _ in columns})]
+    quickly = ["corruption.names=[brightness]", "few_shot.seeds=2", "few_shot.shots=[]", "--batch-size", "16"]
+    assert main([*arguments, *quickly]) == 0
+    found = {name: record["metrics"] for (_, name), record in results(run).items()}
+    assert [column for column in columns if column[1] not in found[column[0]]] == []
 
 
 def test_later_results_join_earlier_ones(run, data):

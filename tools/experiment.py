@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Run one of the papers' experiments: a list of runs, trained and measured one after another, then a table and a plot.
+"""Run one of the papers' experiments: runs, trained and measured one after another, then a table, a plot and a page.
 
     python tools/experiment.py                                    # which there are
     python tools/experiment.py temperature --scale smoke          # minutes on two cores
@@ -9,7 +9,8 @@
 The experiments are lists in tools/experiments.yaml. Given again, the command goes on where it was interrupted: finished
 runs are not trained again, and what was measured is not measured again. With --submit the runs become one Slurm job
 array (what else is given goes to slurm/submit.py); the same command without it measures them once they are done. The
-table has every run that was measured with these settings, also by an earlier command with another --only or --seeds.
+table has every run that was measured with these settings, also by an earlier command with another --only or --seeds;
+the page is the report of all these runs. Experiments that only measure something else share their runs.
 """
 
 import argparse
@@ -34,9 +35,9 @@ from varscale.files import replace_text
 
 ROOT = Path(__file__).resolve().parents[1]
 LISTS = Path(__file__).with_name("experiments.yaml")
-COLUMNS = {"kNN, k = 20": ("knn", "top1_k20"), "linear": ("linear_cached", "top1")}
 
-Values = dict[str, list[float]]  # column -> one value a seed
+Columns = dict[str, tuple[str, str]]  # title -> evaluator and its metric
+Values = dict[str, list[float]]  # title of a column -> one value a seed
 
 
 @dataclass(frozen=True)
@@ -55,17 +56,19 @@ def main(arguments: list[str] | None = None) -> int:
             print(catalogue(lists["experiments"]))
             return 0
         experiment = chosen(lists["experiments"], options.name)
+        columns: Columns = experiment.get("columns", lists["columns"])
         scale = lists["scales"][options.scale]
         trials = plan(experiment, scale, options)
-        folder = options.out / f"{options.name}-{options.scale}"
+        runs = folder_of(experiment["runs_of"], options)
         if options.submit:
-            return submit(trials, folder, passed_on)
-        refuse_while_submitted(trials, folder)
+            return submit(trials, runs, passed_on)
+        refuse_while_submitted(trials, runs)
         for number, trial in enumerate(trials, start=1):
             print(f"\n== {number} of {len(trials)}: {trial.config.output_dir} ==", flush=True)
-            train(trial.config, folder)
-            measure(trial.config.output_dir)
-        show(experiment["question"], all_measured(experiment, scale, options, folder), folder)
+            train(trial.config, runs)
+            measure(trial.config.output_dir, columns)
+        measured = all_measured(experiment, scale, options, columns)
+        show(experiment["question"], columns, measured, folder_of(options.name, options))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -97,11 +100,17 @@ def catalogue(experiments: dict[str, dict]) -> str:
 
 
 def chosen(experiments: dict[str, dict], name: str) -> dict:
-    """The experiment of this name. Raises UserError where there is none."""
+    """The experiment of this name, with the runs of another where it has none. Raises UserError where there is none."""
     if name not in experiments:
         nearest = difflib.get_close_matches(name, experiments, 1, 0)[0]
         raise UserError(f"unknown experiment {name!r}; choose from {', '.join(experiments)}; nearest: {nearest}")
-    return experiments[name]
+    source = experiments[name].get("runs_of", name)
+    return experiments[source] | experiments[name] | {"runs_of": source}
+
+
+def folder_of(name: str, options: argparse.Namespace) -> Path:
+    """Where an experiment of this name has what belongs to it at the chosen scale."""
+    return options.out / f"{name}-{options.scale}"
 
 
 def plan(experiment: dict, scale: dict, options: argparse.Namespace) -> list[Trial]:
@@ -116,7 +125,7 @@ def plan(experiment: dict, scale: dict, options: argparse.Namespace) -> list[Tri
         recipe = scale["recipe"].format(objective=objective or experiment["objective"])
         own = [text for text in overrides if not text.startswith("objective=")]
         for seed in range(options.seeds):
-            run = options.out / f"{options.name}-{options.scale}" / f"{_as_file_name(label)}-seed{seed}"
+            run = folder_of(experiment["runs_of"], options) / f"{_as_file_name(label)}-seed{seed}"
             last = [f"seed={seed}", f"data.dir={options.data or scale['data']}", f"output_dir={run}"]
             trials.append(Trial(label, load_config(recipe, [*scale["overrides"], *own, *options.set, *last])))
     return trials
@@ -157,16 +166,16 @@ def write_config(config: Config, folder: Path) -> Path:
     return path
 
 
-def measure(run: Path) -> None:
-    """kNN and linear accuracy of the newest checkpoint, unless they are known. Raises UserError where that fails."""
-    if missing := not_measured(run):
+def measure(run: Path, columns: Columns) -> None:
+    """What the columns tell of the newest checkpoint, unless it is known. Raises UserError where that fails."""
+    if missing := not_measured(run, columns):
         _run("-m", "varscale.evaluate", "--checkpoint", str(run), *missing)
 
 
-def not_measured(run: Path) -> list[str]:
-    """The evaluators whose metric of `COLUMNS` is not known, though others of theirs may be, as with `knn.k=[5]`."""
+def not_measured(run: Path, columns: Columns) -> list[str]:
+    """The evaluators of which a column's metric is not known, though others of theirs may be, as with `knn.k=[5]`."""
     found = results(run)
-    return [name for name, metric in COLUMNS.values() if metric not in found.get(name, {})]
+    return list(dict.fromkeys(name for name, metric in columns.values() if metric not in found.get(name, {})))
 
 
 def results(run: Path) -> dict[str, dict[str, float]]:
@@ -178,15 +187,16 @@ def results(run: Path) -> dict[str, dict[str, float]]:
         return {}
 
 
-def all_measured(experiment: dict, scale: dict, options: argparse.Namespace, folder: Path) -> list[Trial]:
+def all_measured(experiment: dict, scale: dict, options: argparse.Namespace, columns: Columns) -> list[Trial]:
     """Those of an experiment's runs, of any name and seed, that were made with these settings and measured."""
-    seeds = [int(path.name.rpartition("-seed")[2]) + 1 for path in folder.glob("*-seed[0-9]*")]
+    runs = folder_of(experiment["runs_of"], options).glob("*-seed[0-9]*")
+    seeds = [int(run.name.rpartition("-seed")[2]) + 1 for run in runs]
     trials: list[Trial] = []
     for label in variants(experiment, options.scale):
         one = argparse.Namespace(**vars(options) | {"only": [label], "seeds": max(seeds, default=1)})
         with suppress(UserError):  # overrides for some of the runs need not fit the others
             trials += plan(experiment, scale, one)
-    return [one for one in trials if _is_made(one.config) and not not_measured(one.config.output_dir)]
+    return [one for one in trials if _is_made(one.config) and not not_measured(one.config.output_dir, columns)]
 
 
 def _is_made(config: Config) -> bool:
@@ -225,30 +235,32 @@ def submit(trials: list[Trial], folder: Path, options: list[str]) -> int:
     return subprocess.run([sys.executable, "slurm/submit.py", *configs, *options], cwd=ROOT).returncode
 
 
-def show(question: str, trials: list[Trial], folder: Path) -> None:
-    """Print the table, and write it and its picture into the experiment's folder."""
+def show(question: str, columns: Columns, trials: list[Trial], folder: Path) -> None:
+    """Print the table, and write it, its picture and the report of all runs into the experiment's folder."""
     found: dict[str, Values] = {}
     for trial in trials:
         measured = results(trial.config.output_dir)
-        for column, (evaluator, metric) in COLUMNS.items():
+        for column, (evaluator, metric) in columns.items():
             found.setdefault(trial.label, {}).setdefault(column, []).append(measured[evaluator][metric])
+    folder.mkdir(parents=True, exist_ok=True)
+    _run("-m", "varscale.report", *(str(one.config.output_dir) for one in trials), "--out", str(folder / "report"))
     text = table(question, found, trials[0].config)
     replace_text(folder / "table.md", text)
     draw(question, found, folder / "plot.png")
-    print(f"\n{text}\nwritten to {folder / 'table.md'} and {folder / 'plot.png'}")
+    print(f"\n{text}\nwritten to {folder / 'table.md'} and {folder / 'plot.png'}; page {folder / 'report/index.html'}")
 
 
 def table(question: str, found: dict[str, Values], config: Config) -> str:
-    """Markdown: a row a variant, top-1 in percent, with several seeds mean and 95 % interval of the mean."""
+    """Markdown: a row a variant, with several seeds mean and 95 % interval of the mean."""
     seeds = {label: len(next(iter(values.values()))) for label, values in found.items()}
     fewest, most = min(seeds.values()), max(seeds.values())
     number = most if fewest == most else f"{fewest} to {most}"
     of_seeds = f"mean of {number} seeds and 95 % interval of the mean" if most > 1 else f"seed {config.seed}"
     lines = [
-        f"{question}\n\nTop-1 in percent on held-out images of {config.data.dir.name}; {config.encoder.name}, "
+        f"{question}\n\nOn held-out images of {config.data.dir.name}; {config.encoder.name}, "
         f"{config.schedule.epochs} epochs unless the row says otherwise; {of_seeds}.\n",
-        "| | " + " | ".join(COLUMNS) + " |",
-        "|---" * (1 + len(COLUMNS)) + "|",
+        "| | " + " | ".join(next(iter(found.values()))) + " |",
+        "|---" * (1 + len(next(iter(found.values())))) + "|",
     ]
     for label, values in found.items():
         cells = [cell(column) for column in values.values()]
@@ -281,12 +293,12 @@ def draw(question: str, found: dict[str, Values], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axis = pyplot.subplots(figsize=(max(5.0, 1.1 * len(found) + 2), 3.6), layout="constrained")
-    for number, column in enumerate(COLUMNS):
+    for number, column in enumerate(next(iter(found.values()))):
         means, halves = zip(*(interval(values[column]) for values in found.values()), strict=True)
         places = [place + 0.12 * (number - 0.5) for place in range(len(found))]
         axis.errorbar(places, means, yerr=halves, fmt="o", capsize=3, label=column)
     axis.set_xticks(range(len(found)), found, rotation=20, ha="right")
-    axis.set(title=question, ylabel="top-1 (%)")
+    axis.set(title=question)
     axis.title.set_fontsize("medium")
     axis.grid(axis="y", alpha=0.3)
     axis.legend()

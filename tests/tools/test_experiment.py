@@ -27,14 +27,24 @@ def lists(experiment):
     return yaml.safe_load(experiment.LISTS.read_text())
 
 
+@pytest.fixture(scope="module")
+def columns(lists):
+    return lists["columns"]
+
+
+@pytest.fixture(scope="module")
+def chosen(experiment, lists):
+    return lambda name: experiment.chosen(lists["experiments"], name)
+
+
 def options(**changes):
     given = {"name": "x", "scale": "smoke", "data": None, "seeds": 1, "only": None, "out": Path("runs"), "set": []}
     return argparse.Namespace(**given | changes)
 
 
 @pytest.mark.parametrize("scale", ["smoke", "cifar", "imagenet"])
-def test_every_run_of_every_experiment_has_a_valid_configuration_of_its_own(experiment, lists, scale):
-    for name, content in lists["experiments"].items():
+def test_every_run_of_every_experiment_has_a_valid_configuration_of_its_own(experiment, lists, chosen, scale):
+    for name, content in ((name, chosen(name)) for name in lists["experiments"]):
         if (name, scale) == ("batch-size", "imagenet"):
             continue  # it has none there
         trials = experiment.plan(content, lists["scales"][scale], options(name=name, scale=scale, seeds=2))
@@ -44,9 +54,9 @@ def test_every_run_of_every_experiment_has_a_valid_configuration_of_its_own(expe
         assert len({trial.config.output_dir for trial in trials}) == len(trials)
 
 
-def test_what_an_experiment_says_goes_over_its_scale_and_what_a_person_says_over_both(experiment, lists):
+def test_what_an_experiment_says_goes_over_its_scale_and_what_a_person_says_over_both(experiment, lists, chosen):
     scale = lists["scales"]["smoke"]
-    trials = experiment.plan(lists["experiments"]["epochs"], scale, options(set=["optimizer.lr=7"], data=Path("d")))
+    trials = experiment.plan(chosen("epochs"), scale, options(set=["optimizer.lr=7"], data=Path("d")))
     assert [trial.config.schedule.epochs for trial in trials] == [1, 2, 4, 8]
     assert {(t.config.optimizer.lr, str(t.config.data.dir), t.config.encoder.stem) for t in trials} == {
         (7.0, "d", "imagenet")
@@ -103,16 +113,16 @@ def test_without_a_name_they_are_listed(experiment, lists, capsys):
         assert content["question"] in shown
 
 
-def test_measured_is_what_the_table_shows_on_the_runs_own_data(experiment, tmp_path):
+def test_measured_is_what_the_table_shows_on_the_runs_own_data(experiment, columns, tmp_path):
     run = made_runs.make_run(tmp_path / "a")
-    assert experiment.not_measured(run) == ["knn", "linear_cached"]
+    assert experiment.not_measured(run, columns) == ["knn", "linear_cached"]
     own = [made_runs.record("knn", {"top1_k5": 70.0}), made_runs.record("linear_cached", {"top1": 80.0})]
     other = made_runs.record("linear_cached", {"top1": 11.0}, data={"dir": "d", "digest": "another"})
     made_runs.measure(run, 12, *own, other)
     assert experiment.results(run)["linear_cached"] == {"top1": 80.0}
-    assert experiment.not_measured(run) == ["knn"]
+    assert experiment.not_measured(run, columns) == ["knn"]
     made_runs.measure(run, 12, own[0], other)
-    assert experiment.not_measured(run) == ["knn", "linear_cached"]
+    assert experiment.not_measured(run, columns) == ["knn", "linear_cached"]
 
 
 def finish(trial, digest, knn, linear):
@@ -125,8 +135,10 @@ def finish(trial, digest, knn, linear):
     made_runs.measure(run, 12, *(made_runs.record(name, metrics, data=data) for name, metrics in records))
 
 
-def test_the_table_has_all_runs_of_the_same_settings_that_were_measured(experiment, lists, digits, tmp_path):
-    content, scale, digest = lists["experiments"]["epsilon"], lists["scales"]["smoke"], read_dataset_info(digits).digest
+def test_the_table_has_all_runs_of_these_settings_that_were_measured(
+    experiment, lists, chosen, columns, digits, tmp_path
+):
+    content, scale, digest = chosen("epsilon"), lists["scales"]["smoke"], read_dataset_info(digits).digest
     given = {"name": "epsilon", "out": tmp_path, "data": digits}
     folder = tmp_path / "epsilon-smoke"
     trials = {(t.label, t.config.seed): t for t in experiment.plan(content, scale, options(**given, seeds=2))}
@@ -134,20 +146,30 @@ def test_the_table_has_all_runs_of_the_same_settings_that_were_measured(experime
         finish(trials[key], digest, 50.0 + number, 60.0 + number)
     finish(trials["0.02", 0], "digest of other data", 1.0, 1.0)
     last = options(**given, only=["0.05"])
-    experiment.show("?", experiment.all_measured(content, scale, last, folder), folder)
+    experiment.show("?", columns, experiment.all_measured(content, scale, last, columns), folder)
     rows = [line.split("|")[1:3] for line in (folder / "table.md").read_text().splitlines() if line.startswith("| 0")]
     assert rows == [[" 0.0 (seeds: 2) ", " 50.50 ± 6.35 "], [" 0.05 (seeds: 1) ", " 52.00 "]]
     assert "mean of 1 to 2 seeds" in (folder / "table.md").read_text()
     others = options(**given, set=["optimizer.lr=7"])
-    assert experiment.all_measured(content, scale, others, folder) == []
+    assert experiment.all_measured(content, scale, others, columns) == []
+    assert "0.05-seed0" in (folder / "report" / "index.html").read_text()
 
 
-def test_settings_that_fit_only_some_runs_give_a_table_of_these(experiment, lists, digits, tmp_path):
-    content, scale = lists["experiments"]["compare"], lists["scales"]["smoke"]
+def test_settings_that_fit_only_some_runs_give_a_table_of_these(experiment, lists, chosen, columns, digits, tmp_path):
+    content, scale = chosen("compare"), lists["scales"]["smoke"]
     given = options(name="compare", out=tmp_path, data=digits, only=["varcon"], set=["objective.epsilon=0.01"])
     (trial,) = experiment.plan(content, scale, given)
     finish(trial, read_dataset_info(digits).digest, 50.0, 60.0)
-    assert experiment.all_measured(content, scale, given, tmp_path / "compare-smoke") == [trial]
+    assert experiment.all_measured(content, scale, given, columns) == [trial]
+
+
+def test_experiments_that_measure_something_else_share_their_runs(experiment, lists, chosen, tmp_path):
+    own, other = (
+        experiment.plan(chosen(name), lists["scales"]["smoke"], options(name=name, out=tmp_path))
+        for name in ("compare", "few-shot")
+    )
+    assert own == other
+    assert {trial.config.output_dir.parent for trial in own} == {tmp_path / "compare-smoke"}
 
 
 def test_it_waits_for_a_submission_of_its_runs(experiment, digits, tmp_path, capsys):
