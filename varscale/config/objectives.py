@@ -63,7 +63,7 @@ class VSSLConfig(ObjectiveConfig):
     projector_hidden: PositiveInt = 4096
     predictor: bool = True
     predictor_hidden: PositiveInt = 4096
-    normalise_latents: bool = False
+    normalise_latents: bool = True
     teacher_momentum: Probability = 0.99
     teacher_momentum_final: Probability = 1.0
 
