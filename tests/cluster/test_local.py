@@ -101,8 +101,10 @@ def test_a_sweep_one_of_whose_ranks_fails(submit, submit_py, tmp_path):
     submission = submit(base, "--sweep", "objective.epsilon=0.0,0.02")
     wait_for((first / "metrics.jsonl").exists)
     code = submission.folder / "code" / "varscale" / "train.py"
-    failing = "    if engine.global_rank == 1: raise RuntimeError('the camel is broken')\n    learner.before_step("
-    code.write_text(code.read_text().replace("    learner.before_step(", failing))
+    place = '    in_phase("loss")(learner.before_step)('
+    failing = f"    if engine.global_rank == 1: raise RuntimeError('the camel is broken')\n{place}"
+    assert place in code.read_text()
+    code.write_text(code.read_text().replace(place, failing))
     done = submit_py("follow", base)
     assert done.returncode == 1
     assert f"[{second.name}] rank 1 on {os.uname().nodename} failed with exit code 1: RuntimeError: " in done.stdout
