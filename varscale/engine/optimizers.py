@@ -18,9 +18,9 @@ class LARS(torch.optim.Optimizer):
         g <- ratio (grad + weight_decay w),   ratio = trust_coefficient ||w|| / (||grad|| + weight_decay ||w||)
         v <- momentum v + g,                  w <- w - lr v
 
-    The ratio is 1 in groups with `adapt` false and for a weight or gradient of norm zero. With `clip_lr` it is at most
-    1 / lr of what the trust coefficient gives, and at most 1: the learning rate then bounds what the trust coefficient
-    allows (solo-learn's configurations, after the paper's authors), instead of both being multiplied.
+    With `clip_lr` the ratio is min(ratio / lr, 1): lr then bounds the step that the trust coefficient allows, as in
+    solo-learn's configurations, where otherwise both are multiplied. The ratio is 1 in groups with `adapt` false and
+    for a weight or gradient of norm zero.
 
     partition_group: the ranks over which ZeRO (stage 1 to 3) partitions every parameter; None where parameters are
         whole. DeepSpeed replaces a group's parameters by this rank's flat shard of them, padded at the end, and steps
