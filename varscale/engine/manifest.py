@@ -1,6 +1,5 @@
 """The manifest of a run: everything needed to say later what was run, on what, from which revision."""
 
-import importlib.metadata
 import json
 import os
 import platform
@@ -13,7 +12,9 @@ from varscale.config import Config, to_yaml
 from varscale.engine.peaks import Peak
 from varscale.errors import UserError
 from varscale.files import make_folder, replace_text
+from varscale.versions import versions_of
 
+PACKAGES = ("varscale", "torch", "torchvision", "deepspeed", "ffcv", "accelerate", "numpy", "numba")
 REVISION = "REVISION"  # in a snapshot of the code: the revision it was made from
 
 # Sections and keys that may differ between a run and its continuation without changing what is computed.
@@ -43,7 +44,7 @@ def write_manifest(
         "command": sys.argv,
         "world_size": world_size,
         "deepspeed": deepspeed,
-        "versions": _versions(),
+        "versions": {"python": platform.python_version()} | versions_of(PACKAGES),
         "git_revision": git_revision(),
         "hardware": _hardware() | {"device": device, "peak": peak and peak._asdict()},
     }
@@ -80,18 +81,6 @@ def flatten(values: dict, prefix: str = "") -> dict[str, object]:
     for key, value in values.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
-
-
-def _versions() -> dict[str, str]:
-    names = ("varscale", "torch", "torchvision", "deepspeed", "ffcv", "accelerate", "numpy", "numba")
-    return {"python": platform.python_version()} | {name: _version(name) for name in names}
-
-
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def git_revision() -> str | None:

@@ -3,13 +3,13 @@
 import json
 import math
 import re
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from varscale.data.dataset import DatasetInfo
 from varscale.errors import UserError
 from varscale.evaluation.context import PERCENT, Result
+from varscale.versions import versions_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -57,7 +57,7 @@ class Report:
                 "train": info.num_samples("train"),
                 "val": info.num_samples("val"),
             },
-            "versions": {name: version(name) for name in PACKAGES},
+            "versions": versions_of(PACKAGES),
         }
         record = _finite(record)
         self.measured.append(record)
