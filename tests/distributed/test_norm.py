@@ -169,11 +169,12 @@ def test_evaluation_uses_running_statistics(ranks: list[dict]) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("channels_last", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_cuda_kernels_equal_batch_norm(tmp_path: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_equals_batch_norm(tmp_path: Path, dtype: torch.dtype, channels_last: bool, monkeypatch) -> None:
     dist.init_process_group("nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        case = Case((8,), (4, 5), dtype=dtype, channels_last=True)
+        case = Case((8,), (4, 5), dtype=dtype, channels_last=channels_last)
         batches = [tuple(tensor.cuda() for tensor in make_batch(case, 1, step)) for step in range(STEPS)]
         layer = make_layer(case).cuda()
         expected = run(deepcopy(layer), batches)

@@ -11,14 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from varscale.models.convolution import convert_convolutions
 from varscale.models.norm import convert_batch_norm
-
-_RESNETS = {
-    "resnet18": torchvision.models.resnet18,
-    "resnet34": torchvision.models.resnet34,
-    "resnet50": torchvision.models.resnet50,
-    "resnet101": torchvision.models.resnet101,
-    "resnet152": torchvision.models.resnet152,
-}
+from varscale.models.residual import RESNETS, FusedResNet
 
 
 class _TransformerShape(NamedTuple):
@@ -36,7 +29,7 @@ VITS = {
     "vit_l": _TransformerShape(hidden_dim=1024, num_layers=24, num_heads=16, mlp_dim=4096),
 }
 
-ENCODERS = (*_RESNETS, *VITS)
+ENCODERS = (*RESNETS, *VITS)
 
 
 class CheckpointedBlocks(nn.Sequential):
@@ -79,7 +72,7 @@ def build_encoder(
 
     Raises ValueError for an unknown name and for a stem, patch size or checkpointing that does not fit the encoder.
     """
-    if name in _RESNETS:
+    if name in RESNETS:
         if patch_size is not None:
             raise ValueError(f"patch_size is {patch_size}, but {name} has no patches")
         if activation_checkpointing:
@@ -98,7 +91,7 @@ def build_encoder(
 
 
 def _build_resnet(name: str, stem: str) -> nn.Module:
-    encoder = _RESNETS[name](weights=None)
+    encoder = FusedResNet(*RESNETS[name])
     if stem == "cifar":
         encoder.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
         nn.init.kaiming_normal_(encoder.conv1.weight, mode="fan_out", nonlinearity="relu")

@@ -1,5 +1,7 @@
 """Batch normalisation over the union of all ranks' batches, on any device and process-group backend."""
 
+import functools
+import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
+
+LARGE = 2**22  # values: from here on torch's own kernels on one GPU take longer than ours take to be launched
 
 
 class _UnionBatchNorm(torch.autograd.Function):
@@ -31,9 +35,11 @@ class _UnionBatchNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_output: Tensor, *_):
         inputs, weight, mean, var, count = ctx.saved_tensors
-        # With the statistics held fixed, torch's own kernel gives dy * weight * invstd, sum(dy * xhat) and sum(dy).
-        # The sums are this rank's: the engine averages parameter gradients over ranks, so they stay local.
-        if inputs.numel():
+        # With the statistics held fixed: dy * weight * invstd, sum(dy * xhat) and sum(dy). The sums are this rank's:
+        # the engine averages parameter gradients over ranks, so they stay local.
+        if inputs.numel() and inputs.is_cuda:
+            grad_input, grad_weight, grad_bias = _gradients_by_hand(grad_output, inputs, weight, mean, var, ctx.eps)
+        elif inputs.numel():
             grad_input, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
                 grad_output, inputs, weight, mean, var, None, None, False, ctx.eps, [True, True, True]
             )
@@ -56,6 +62,16 @@ class _UnionBatchNorm(torch.autograd.Function):
         return grad_input, grad_weight if affine else None, grad_bias if affine else None, None
 
 
+def _gradients_by_hand(grad_output, inputs, weight, mean, var, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """What CUDA's kernel refuses to compute; only for what `norm_kernels` does not take."""
+    dims = [0, *range(2, inputs.dim())]
+    factor = torch.rsqrt(var + eps) if weight is None else torch.rsqrt(var + eps) * weight
+    grad = grad_output.to(mean.dtype)
+    xhat = F.batch_norm(inputs.to(mean.dtype), mean, var, eps=eps)
+    grad_input = (grad * factor.view(1, -1, *(1,) * (inputs.dim() - 2))).to(inputs.dtype)
+    return grad_input, (grad * xhat).sum(dims), grad.sum(dims)
+
+
 def _union_statistics(inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mean and biased variance (C,) over all dimensions but the second and over all ranks, and the count behind them.
 
@@ -73,16 +89,40 @@ def _union_statistics(inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     else:
         sums = torch.zeros(2 * channels + 1, dtype=torch.float64, device=inputs.device)
     dist.all_reduce(sums)
+    return _moments(sums, wide)
+
+
+def _moments(sums: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and biased variance (C,) and the count, of the sums (2C + 1,) over all ranks."""
     count = sums[-1]
-    mean, square = (sums[:-1] / count).view(2, channels)
-    var = (square - mean.square()).clamp_min_(0)
-    return mean.to(wide), var.to(wide), count
+    mean, square = (sums[:-1] / count).chunk(2)
+    return mean.to(dtype), (square - mean.square()).clamp_min(0).to(dtype), count
 
 
-@torch.compiler.disable
-def _normalise(inputs: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, ...]:
-    """Outside of compiled graphs: collectives in both directions."""
-    return _UnionBatchNorm.apply(inputs, weight, bias, eps)
+@torch.library.custom_op("varscale::union_sum", mutates_args=())
+def union_sum(values: Tensor) -> Tensor:
+    """The sum over all ranks' `values`; its gradient is the sum over all ranks' gradients. A graph can hold it."""
+    total = values.clone()
+    dist.all_reduce(total)
+    return total
+
+
+union_sum.register_fake(torch.empty_like)
+union_sum.register_autograd(lambda _, grad_total: union_sum(grad_total.contiguous()))
+
+
+def _traced(inputs: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, ...]:
+    """What `_UnionBatchNorm` computes, in operations that a compiler derives and fuses with those around them."""
+    shape = (1, -1, *(1,) * (inputs.dim() - 2))
+    wide = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
+    moments = torch.var_mean(wide, [0, *range(2, inputs.dim())], correction=0)
+    var, mean = (moment.double() for moment in moments)
+    sums = torch.cat([mean, var + mean.square(), torch.ones_like(mean[:1])]) * (inputs.numel() // inputs.shape[1])
+    mean, var, count = _moments(union_sum(sums), wide.dtype)
+    output = (wide - mean.view(shape)) * torch.rsqrt(var + eps).view(shape)
+    if weight is not None:
+        output = output * weight.view(shape) + bias.view(shape)
+    return output.to(inputs.dtype), mean.detach(), var.detach(), count
 
 
 class SyncBatchNorm(_BatchNorm):
@@ -100,25 +140,74 @@ class SyncBatchNorm(_BatchNorm):
         if input.dim() < 2 or input.shape[1] != self.num_features:
             raise ValueError(f"inputs: expected (N, {self.num_features}, ...), got shape {tuple(input.shape)}")
 
-    def forward(self, input: Tensor) -> Tensor:
-        alone = not dist.is_initialized() or dist.get_world_size() == 1
-        uses_running_statistics = not self.training and self.running_mean is not None
-        if alone or uses_running_statistics:
-            return super().forward(input)
+    def forward(self, input: Tensor, residual: Tensor | None = None, *, relu: bool = False) -> Tensor:
+        """norm(input), or what follows it in a residual network as well: relu(norm(input) + residual)."""
+        if not self.training and self.running_mean is not None:
+            return _follow(super().forward(input), residual, relu)
+        over_ranks = dist.is_initialized() and dist.get_world_size() > 1
+        compiling = torch.compiler.is_compiling()
+        if not compiling and _fuses(input, self.weight, over_ranks):
+            return self._fused(input, residual, relu, over_ranks)
+        if not over_ranks:
+            return _follow(super().forward(input), residual, relu)
         self._check_input_dim(input)
-        output, mean, var, count = _normalise(input, self.weight, self.bias, self.eps)
+        normalise = _traced if compiling and input.numel() else _UnionBatchNorm.apply
+        output, mean, var, count = normalise(input, self.weight, self.bias, self.eps)
         if self.training and self.track_running_stats:
             self._update_running_statistics(mean, var, count)
-        return output
+        return _follow(output, residual, relu)
+
+    def _fused(self, input: Tensor, residual: Tensor | None, relu: bool, over_ranks: bool) -> Tensor:
+        from varscale.models.norm_kernels import fused_norm
+
+        self._check_input_dim(input)
+        running = None
+        if self.training and self.track_running_stats:
+            running = self.running_mean, self.running_var, self._count_batch()
+        settings = {"eps": self.eps, "running": running, "over_ranks": over_ranks}
+        output = fused_norm(input, self.weight, self.bias, residual=residual if relu else None, relu=relu, **settings)
+        return output if relu else _follow(output, residual, relu)
 
     @torch.no_grad()
     def _update_running_statistics(self, mean: Tensor, var: Tensor, count: Tensor) -> None:
-        self.num_batches_tracked.add_(1)
-        # momentum None is torch's sign for the plain average over all batches so far.
-        share = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        share = self._count_batch()
         unbiased = var * (count / (count - 1)).to(var.dtype)
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)
         self.running_var.lerp_(unbiased.to(self.running_var.dtype), share)
+
+    def _count_batch(self) -> float:
+        """Count one more; returns the share that it has in the running statistics."""
+        self.num_batches_tracked.add_(1)
+        # momentum None is torch's sign for the plain average over all batches so far.
+        return 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+
+
+def norm_relu(norm: nn.Module, input: Tensor, residual: Tensor | None = None) -> Tensor:
+    """relu(norm(input) + residual), by any normalisation."""
+    if isinstance(norm, SyncBatchNorm):
+        return norm(input, residual, relu=True)
+    return _follow(norm(input), residual, relu=True)
+
+
+def _follow(output: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+    """What follows a normalisation, in place."""
+    if residual is not None:
+        output = output.add_(residual)
+    return output.relu_() if relu else output
+
+
+def _fuses(input: Tensor, weight: Tensor | None, over_ranks: bool) -> bool:
+    """Whether `norm_kernels` is faster: on a GPU, where it saves more than its launches cost."""
+    if not input.is_cuda or input.numel() < (0 if over_ranks else LARGE) or not _has_triton():
+        return False
+    from varscale.models.norm_kernels import fits
+
+    return fits(input, weight)
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def convert_batch_norm(module: nn.Module) -> nn.Module:
