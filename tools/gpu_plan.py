@@ -30,14 +30,16 @@ sys.path.insert(0, str(ROOT))  # varscale is imported from here, whether it is i
 TOY_PATIENCE = 10  # times the limits of the real run
 RUN_LIMIT = 540  # seconds; no run's stages may have more together
 LEAST = 5  # seconds; with less a stage cannot even begin
-GPU_TESTS = [  # of whole runs first: they tell the most
+GPU_TESTS = [  # those of parts take seconds, those of whole runs half a minute each
+    "tests/distributed/test_norm.py",
+    "tests/distributed/test_norm_kernels.py",
+    "tests/engine/test_throughput.py",
+    "tests/data/test_augment.py",
     "tests/test_waiting.py",
     "tests/test_profile_runs.py",
-    "tests/engine/test_throughput.py",
-    "tests/distributed/test_norm.py",
     "tests/test_survival.py",
-    "tests/data/test_augment.py",
 ]
+TOY_TESTS = ["tests/data/test_augment.py"]
 SAFE_SHARE = 0.85  # of the time for training that epochs may take by the step's time: the rest is checkpoints and kNN
 
 
@@ -101,18 +103,17 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def first(options: argparse.Namespace) -> Stages:
-    """What is worth the most where there is one call: GPU tests in short, our step beside two others, its profile."""
+    """What is worth the most where there is one call: our step beside two others, its profile, then the GPU tests."""
     yield SMOKE
-    short = [name for name in GPU_TESTS if name != "tests/test_survival.py"]
-    yield gpu_tests(GPU_TESTS[-1:] if options.toy else short, 130)
     yield step_beside(options, ["ours", "usual-amp", "supervised"], 180)
-    yield profile(options, 70)
+    yield profile(options, 50)
+    yield gpu_tests(TOY_TESTS if options.toy else GPU_TESTS, 170)
 
 
 def kernels(options: argparse.Namespace) -> Stages:
     """Run 1: the tests that need a GPU, kernels, loaders, memory."""
     yield SMOKE
-    yield gpu_tests(GPU_TESTS[-1:] if options.toy else GPU_TESTS, 185)
+    yield gpu_tests(TOY_TESTS if options.toy else GPU_TESTS, 185)
     small = ["--shapes", "64,10,16", "--repeats", "1"] if options.toy else ["--device", "cuda"]
     yield Stage("objectives", tool("bench_objectives", *small), 45)
     settings = ["--config", "imagenet100-varcon", "batch.global_batch_size=64", "--sizes", "32", "224"]
@@ -149,16 +150,17 @@ def kernels(options: argparse.Namespace) -> Stages:
 def steps(options: argparse.Namespace) -> Stages:
     """Run 2: the training step beside others, its profile, then ours at several settings."""
     yield SMOKE
-    yield step_beside(options, ["ours", "ours-float32", "usual-amp", "usual-bf16", "lightly", "supervised"], 180)
-    yield profile(options, 60)
-    batches, zeros, compiled = "64,128,512", "zero1,zero2,zero3", "true"
+    yield step_beside(options, ["ours", "usual-amp", "lightly", "supervised"], 170)
+    yield profile(options, 45)
+    batches, zeros, compiled = "128,512", "zero1,zero2,zero3", "true"
     if options.toy:
         batches, zeros, compiled = "8", "zero2", "false"  # a CPU would compile for minutes
-    yield bench(options, "compiled", 125, "compiled", "--only", "ours", "--vary", f"compute.compile={compiled}")
+    yield bench(options, "compiled", 150, "compiled", "--only", "ours", "--vary", f"compute.compile={compiled}")
     varied = ["--vary", f"batch.global_batch_size={batches}"]
-    yield bench(options, "batch sizes", 65, "batch", "--only", "ours", *varied)
-    varied = ["--vary", f"deepspeed.config={zeros}", "--vary", "compute.channels_last=false"]
-    yield bench(options, "ZeRO stages and layout", 70, "zero", "--only", "ours", *varied)
+    yield bench(options, "batch sizes", 60, "batch", "--only", "ours", *varied)
+    varied = [f"deepspeed.config={zeros}", "compute.channels_last=false", "compute.precision=float32"]
+    varied = [word for setting in varied for word in ("--vary", setting)]
+    yield bench(options, "ZeRO stages, layout, precision", 75, "zero", "--only", "ours", *varied)
 
 
 def step_beside(options: argparse.Namespace, names: list[str], limit: int) -> Stage:

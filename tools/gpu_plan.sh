@@ -7,7 +7,7 @@ usage() {
 usage: tools/gpu_plan.sh [--toy] first|1|2|3
        tools/gpu_plan.sh receive PART
 
-  first         what is worth the most, in seven minutes: GPU tests in short, our step beside two others, its profile
+  first         what is worth the most, in seven minutes and a half: our step beside two others, its profile, GPU tests
   1, 2, 3       kernels and loaders; the training step; CIFAR-100
   --toy         the same stages in small, on any machine
   receive PART  take over a part of what tools/gpu_bundle.sh made: wheels, and a piece of the data

@@ -116,12 +116,15 @@ def ranks(request: pytest.FixtureRequest, run_ranks, tmp_path_factory: pytest.Te
     return run_ranks(__file__, request.param, tmp_path_factory.mktemp("kernels"))
 
 
-def assert_equal(case: Case, found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """To the rounding of the inputs' type; sums over many rows are in float32 at least."""
+def assert_equal(case: Case, found: dict[str, Tensor], expected: dict[str, Tensor], passed: float = 1e-5) -> None:
+    """To the rounding of the inputs' type; sums over many rows are in float32 at least. passed: what the gradient of a
+    ReLU may be off by, since of many float32 values one is near enough to 0 to be rounded to its other side."""
     assert found.keys() == expected.keys()
     for key, reference in expected.items():
         rounded = case.dtype if key.endswith(("output", "x_grad", "residual_grad")) else torch.float32
         tolerance = {torch.float32: 1e-5, torch.bfloat16: 1e-2}[rounded] * (20 if case.mean else 1)
+        if case.relu and key.endswith("_grad"):
+            tolerance = max(tolerance, passed)
         error = (found[key].double() - reference).norm() / reference.norm()
         assert error < tolerance, f"{key} is off by {error:.1e}"
 
@@ -152,7 +155,7 @@ def test_compiled_kernels_equal_batch_norm(name: str) -> None:
     case = CASES[name]._replace(shape=(256, 192, 28, 28) if len(CASES[name].shape) == 4 else (4096, 200))
     parts = tensors(case, "cuda")
     found = by_kernels(case, parts)
-    assert_equal(case, found, by_torch(case, parts))
+    assert_equal(case, found, by_torch(case, parts), passed=1e-3)
     again = by_kernels(case, parts)
     assert all(torch.equal(found[key], again[key]) for key in found), "sums are in a fixed order"
 
