@@ -2,7 +2,7 @@
 """Run one of the papers' experiments: runs, trained and measured one after another, then a table, a plot and a page.
 
     python tools/experiment.py                                    # which there are
-    python tools/experiment.py temperature --scale smoke          # minutes on two cores
+    python tools/experiment.py temperature --scale digits         # minutes on two cores
     python tools/experiment.py compare --scale cifar --seeds 3
     python tools/experiment.py epsilon --scale imagenet --submit --nodes 2 --gpus-per-node 8
 
@@ -35,6 +35,7 @@ from varscale.files import replace_text
 
 ROOT = Path(__file__).resolve().parents[1]
 LISTS = Path(__file__).with_name("experiments.yaml")
+SCALES = ("digits", "smoke", "cifar", "imagenet")
 
 Columns = dict[str, tuple[str, str]]  # title -> evaluator and its metric
 Values = dict[str, list[float]]  # title of a column -> one value a seed
@@ -78,7 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
 def parse_arguments(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", nargs="?", help="of the experiment; none: list them")
-    parser.add_argument("--scale", choices=("smoke", "cifar", "imagenet"), default="smoke")
+    parser.add_argument("--scale", choices=SCALES, default="smoke")
     parser.add_argument("--data", type=Path, metavar="DIR", help="a converted data set (default: the scale's)")
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="repeat every run with seeds 0 to N - 1")
     parser.add_argument("--only", nargs="+", metavar="LABEL", help="these of its runs, by their names in the table")
@@ -142,7 +143,7 @@ def variants(experiment: dict, scale: str) -> dict[str, list[str]]:
 
 def _at_scale(values: list | dict, scale: str) -> list | dict:
     """Values that differ from scale to scale are given by its name."""
-    by_scale = isinstance(values, dict) and values.keys() <= {"smoke", "cifar", "imagenet"}
+    by_scale = isinstance(values, dict) and values.keys() <= set(SCALES)
     if by_scale and scale not in values:
         raise UserError(f"this experiment has no runs at --scale {scale}; choose from {', '.join(values)}")
     return values[scale] if by_scale else values

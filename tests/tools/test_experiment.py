@@ -42,7 +42,7 @@ def options(**changes):
     return argparse.Namespace(**given | changes)
 
 
-@pytest.mark.parametrize("scale", ["smoke", "cifar", "imagenet"])
+@pytest.mark.parametrize("scale", ["digits", "smoke", "cifar", "imagenet"])
 def test_every_run_of_every_experiment_has_a_valid_configuration_of_its_own(experiment, lists, chosen, scale):
     for name, content in ((name, chosen(name)) for name in lists["experiments"]):
         if (name, scale) == ("batch-size", "imagenet"):
@@ -76,7 +76,7 @@ def test_interval_is_students(experiment):
     [
         (["temprature"], "unknown experiment 'temprature'"),
         (["temprature"], "nearest: temperature"),
-        (["batch-size", "--scale", "imagenet"], "no runs at --scale imagenet; choose from smoke, cifar"),
+        (["batch-size", "--scale", "imagenet"], "no runs at --scale imagenet; choose from digits, smoke, cifar"),
         (["epsilon", "--only", "0.02", "0.3"], "--only: no run is called 0.3; choose from 0.0, 0.01, 0.02, 0.05, 0.09"),
         (["epsilon", "--set", "optimizer.lrr=1"], "unknown key 'optimizer.lrr'; nearest: optimizer.lr"),
     ],
