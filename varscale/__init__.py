@@ -2,8 +2,9 @@
 
 import os
 
-__version__ = "0.1.0"
-__all__ = ["load_encoder"]
+from varscale.versions import VARSCALE as __version__
+
+__all__ = ["__version__", "load_encoder"]
 
 # How often OpenMP's threads look for work before they sleep, unless the user decided otherwise. At their default of
 # 300,000 times they take the cores from those who have work, such as the loader's threads, a second rank or another
