@@ -28,7 +28,7 @@ from varscale.engine.launch import (
 from varscale.engine.output import outlive_output
 from varscale.engine.rundir import find_checkpoints
 from varscale.engine.state import TrainState
-from varscale.engine.stopping import PEER_FAILED, StopRequest, exit_code, reason_name
+from varscale.engine.stopping import PEER_FAILED, StopRequest, ended_at_once, exit_code, reason_name
 from varscale.errors import UserError
 
 if TYPE_CHECKING:
@@ -39,8 +39,7 @@ if TYPE_CHECKING:
     from varscale.engine.distributed import Ranks
     from varscale.engine.learners import Learner, MicroBatch, Terms
 
-# What is imported above is light. torch, DeepSpeed and FFCV are imported inside functions, after every check that can
-# be made without them: a mistake in the configuration is answered at once.
+# torch, DeepSpeed and FFCV are imported inside functions, after every check that can be made without them.
 
 USER_ERROR, BAD_STEP = 2, 3  # exit codes; for others see stopping.py
 
@@ -92,10 +91,11 @@ def train(config: Config, sizes: BatchSizes, deepspeed: dict, options: argparse.
     from varscale.engine import distributed
     from varscale.engine.bad_steps import BadStepError
 
-    ranks = distributed.join(config.safety.watchdog_seconds)
+    ranks, together = distributed.join(config.safety.watchdog_seconds), False
     try:
         reason = run_through(Job(config, sizes, deepspeed, data, options.profile), origin, ranks, stop)
         distributed.meet(ranks)
+        together = True
     except UserError as error:  # on all ranks, or what this node alone lacks
         distributed.announce_failure(ranks, str(error))
         raise
@@ -115,7 +115,7 @@ def train(config: Config, sizes: BatchSizes, deepspeed: dict, options: argparse.
         print(f"error: another rank failed: {cause}", file=sys.stderr)
         return PEER_FAILED
     finally:
-        distributed.leave()
+        distributed.leave(together=together)
     if reason and ranks.is_first:
         print(f"\nstopped by {reason_name(reason)}; the same command with --resume auto goes on", file=sys.stderr)
     return exit_code(reason) if reason else 0
@@ -165,7 +165,7 @@ def run(job: Job, checkpoint: Path | None, position: TrainState | None, ranks: "
 
     config, sizes, data = job.config, job.sizes, job.data
     use_deterministic_kernels(config.compute.deterministic)
-    watchdog = Watchdog(config.safety.watchdog_seconds, ranks)
+    watchdog = Watchdog(config.safety.watchdog_seconds, ranks, compiles=config.compute.compile)
     steps = steps_per_epoch(data.train.num_samples, sizes.global_batch_size)
     learning_rate = LearningRate(base_lr=config.optimizer.lr, steps_per_epoch=steps, **config.schedule.model_dump())
     total_steps = learning_rate.total_steps
@@ -200,8 +200,7 @@ def run(job: Job, checkpoint: Path | None, position: TrainState | None, ranks: "
         while state.step < total_steps and not outcomes.reason:
             with closing(steps_from(*state.position(steps))) as rest_of_epoch:
                 for micro_batches in rest_of_epoch:
-                    lr = learning_rate(state.step)
-                    set_learning_rate(engine, lr)
+                    set_learning_rate(engine, lr := learning_rate(state.step))
                     seed_step(config.seed, state.step, ranks.rank)
                     bad_steps.remember()
                     terms, norm = take_step(engine, learner, micro_batches, bad_steps)
@@ -247,4 +246,5 @@ def take_step(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with ended_at_once():
+        sys.exit(main())

@@ -21,7 +21,7 @@ from varscale import train
 from varscale.cluster import slurm
 from varscale.cluster.start import CANCELLED, FAILED, Decision, Start
 from varscale.cluster.submission import Submission
-from varscale.engine.stopping import PREEMPTED
+from varscale.engine.stopping import PREEMPTED, ended_at_once
 from varscale.errors import UserError
 
 PR_SET_PDEATHSIG = 1  # of Linux' prctl
@@ -39,7 +39,8 @@ def run_task() -> None:
         LOCAL_WORLD_SIZE=str(task.num_tasks // task.num_nodes),
         MASTER_ADDR=task.hostnames[0],
     )
-    run_rank()
+    with ended_at_once():
+        run_rank()
 
 
 def run_rank() -> None:
@@ -186,7 +187,8 @@ if __name__ == "__main__":
             print(Start.from_environment().begin())
         case ["rank", leader]:
             _end_with(int(leader))
-            run_rank()
+            with ended_at_once():
+                run_rank()
         case ["end", status]:
             sys.exit(end(int(status)))
         case _:

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
+from varscale.errors import UserError
+
 PATIENCE = (
     600.0  # seconds, for a rank that does not come to a collective; saving a large checkpoint takes a few minutes
 )
@@ -57,15 +59,19 @@ def join(watchdog_seconds: float = 0.0) -> Ranks:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     world_size = int(os.environ["WORLD_SIZE"])
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size)
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", gpu_of(local_rank, torch.cuda.device_count()))
         torch.cuda.set_device(device)
+        os.environ["LOCAL_RANK"] = str(device.index)  # what DeepSpeed takes for its device
     backend = "nccl" if device.type == "cuda" else "gloo"
     # For ranks on CPU DeepSpeed would compile a reduction that only tensor-parallel inference uses, and load it under a
     # lock file: a process killed at that moment would leave the lock, and every later one would wait for ever.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     patience = timedelta(seconds=max(PATIENCE, 2 * watchdog_seconds))
     deepspeed.init_distributed(dist_backend=backend, timeout=patience, verbose=False)
+    # DeepSpeed reduces gradients in a copy of the default group, which would have torch's own patience.
+    deepspeed.utils.groups._WORLD_GROUP = dist.new_group(timeout=patience)
     host_group = None if backend == "gloo" else dist.new_group(backend="gloo", timeout=patience)
     ranks = Ranks(dist.get_rank(), local_rank, world_size, local_world_size, device, host_group)
     torch.set_num_threads(ranks.cores)
@@ -77,9 +83,25 @@ def meet(ranks: Ranks) -> None:
     greatest((0,), ranks)
 
 
-def leave() -> None:
-    """End the process group: without this a ZeRO-3 run on gloo ends with signal 6 after all went well."""
-    if dist.is_initialized():
+def gpu_of(local_rank: int, visible: int) -> int:
+    """The number of a rank's GPU among those that it can see: its own, or the only one that Slurm shows each task.
+
+    Raises UserError where there are fewer GPUs than ranks.
+    """
+    if visible == 1:
+        return 0
+    if local_rank >= visible:
+        raise UserError(f"rank {local_rank} of this machine has no GPU: there are {visible}; start a rank for each")
+    return local_rank
+
+
+def leave(*, together: bool = True) -> None:
+    """End the process group: without this a ZeRO-3 run on gloo ends with signal 6 after all went well.
+
+    together: as all ranks do now. Otherwise NCCL's stays as it is, for it waits there for the others, which may wait
+    for this one in a collective: `stopping.ended_at_once` ends such a process.
+    """
+    if dist.is_initialized() and (together or dist.get_backend() != "nccl"):
         dist.destroy_process_group()
 
 
@@ -91,13 +113,16 @@ def announce_failure(ranks: Ranks, reason: str) -> None:
         time.sleep(3)  # the store may live in this process: give the others time to read
 
 
-def announced_failure() -> str | None:
-    """Why another rank ended, where it left word and the store still stands; None otherwise."""
+def announced_failure(wait: float = 2.0) -> str | None:
+    """Why another rank ended, where it left word, or does in `wait` seconds, and the store still stands; else None."""
     if dist.get_world_size() == 1:
         return None
     with suppress(RuntimeError, ValueError):
         store = _get_default_store()
-        store.wait([FAILURE], timedelta(seconds=2))
+        if wait:
+            store.wait([FAILURE], timedelta(seconds=wait))
+        elif not store.check([FAILURE]):
+            return None
         return store.get(FAILURE).decode()
 
 

@@ -5,6 +5,9 @@ import signal
 import sys
 import threading
 import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Self
 
@@ -14,6 +17,26 @@ PEER_FAILED, PREEMPTED, INTERRUPTED = 1, 75, 130
 SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 TIME_LIMIT, UNSAVED = signal.NSIG, signal.NSIG + 1  # reasons beside the signals
 SAME = 3.0  # seconds; a launcher that is told to stop passes the signal on to ranks which have it already
+
+
+@contextmanager
+def ended_at_once() -> Iterator[None]:
+    """Around what ends a process: where a failure left its process group open, the process ends here, without more.
+
+    NCCL waits for all ranks when a group ends, at a process's regular end, too; a rank that failed alone would wait for
+    those which wait for it.
+    """
+    try:
+        yield
+    except BaseException as error:
+        distributed = sys.modules.get("torch.distributed")
+        if distributed and distributed.is_initialized():
+            if not isinstance(error, SystemExit):
+                traceback.print_exc()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else PEER_FAILED)
+        raise
 
 
 class StopRequest:

@@ -6,11 +6,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Self
+from typing import NoReturn, Self
 
 from varscale.engine.distributed import Ranks, announced_failure
 from varscale.engine.stopping import PEER_FAILED, PREEMPTED
 
+LOOK = 5.0  # seconds between two looks for a rank that left word that it failed
+GRACE = 30.0  # seconds in which a rank whose collectives break, too, ends by itself, and writes what it can
+COMPILING = 3600.0  # seconds more for the first step where it is compiled
 FAREWELL = 5.0  # seconds in which the other ranks, which hang in the same place, can show theirs before a launcher acts
 
 
@@ -19,11 +22,13 @@ class Watchdog:
 
     A context manager around the training loop. It finds a collective that one rank does not come to, a loader or a file
     system that does not answer, and prints the stack of every thread and the last step before it ends the process with
-    code PREEMPTED. Where another rank left word that it failed, that is the reason, and the code PEER_FAILED.
+    code PREEMPTED. Where another rank left word that it failed, that is the reason, and the code PEER_FAILED, some
+    seconds after: with NCCL the others would wait for it as long as it takes.
     """
 
-    def __init__(self, seconds: float, ranks: Ranks) -> None:
+    def __init__(self, seconds: float, ranks: Ranks, *, compiles: bool = False) -> None:
         self.seconds, self.ranks = seconds, ranks
+        self.allowance = COMPILING if compiles else 0.0
         self.step = 0
         self.ended = threading.Event()
 
@@ -38,20 +43,20 @@ class Watchdog:
 
     def beat(self, step: int | None = None) -> None:
         """Tell that all is well, and which optimizer step was done last."""
-        self.step = self.step if step is None else step
-        self.beaten_at = time.monotonic()
+        if step is not None:
+            self.step, self.allowance = step, 0.0
+        self.beaten_at = time.monotonic() + self.allowance
 
     def _watch(self) -> None:
-        while True:
-            left = self.beaten_at + self.seconds - time.monotonic()
-            if left <= 0:
-                break
-            if self.ended.wait(left):
+        while (left := self.beaten_at + self.seconds - time.monotonic()) > 0:
+            if self.ended.wait(min(left, LOOK)):
                 return
-        # With NCCL a rank that failed leaves the others waiting.
+            if cause := _within(LOOK, lambda: announced_failure(wait=0)):
+                if self.ended.wait(GRACE):
+                    return
+                _end_because_of(cause)
         if cause := _within(FAREWELL, announced_failure):
-            print(f"error: another rank failed: {cause}", file=sys.stderr)
-            os._exit(PEER_FAILED)
+            _end_because_of(cause)
         rank, world_size = self.ranks.rank, self.ranks.world_size
         print(
             f"\nwatchdog: rank {rank} of {world_size} on {os.uname().nodename} has done nothing for {self.seconds:g} s "
@@ -61,6 +66,11 @@ class Watchdog:
         faulthandler.dump_traceback(all_threads=True)
         time.sleep(FAREWELL)
         os._exit(PREEMPTED)
+
+
+def _end_because_of(cause: str) -> NoReturn:
+    print(f"error: another rank failed: {cause}", file=sys.stderr)
+    os._exit(PEER_FAILED)
 
 
 def _within(seconds: float, question: Callable[[], str | None]) -> str | None:

@@ -50,6 +50,15 @@ def drop_whole_copies(module: nn.Module) -> None:
         partitioned[0].partition(partitioned)
 
 
+def finish_changes(module: nn.Module) -> None:
+    """After parts of a partitioned module were changed on a GPU: wait until they are.
+
+    DeepSpeed gathers them on a stream of its own, which waits for no other.
+    """
+    if torch.cuda.is_available() and any(hasattr(parameter, "ds_tensor") for parameter in module.parameters()):
+        torch.cuda.current_stream().synchronize()
+
+
 def partition_group(settings: dict) -> dist.ProcessGroup | None:
     """The ranks over which the ZeRO stage of these settings partitions the optimizer's parameters; None for stage 0."""
     return dist.group.WORLD if zero_stage(settings) else None

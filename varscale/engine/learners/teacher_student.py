@@ -9,7 +9,7 @@ from varscale.config import Config
 from varscale.engine.learners.base import Forward, Learner, MicroBatch, Shown, Terms
 from varscale.engine.phases import in_phase
 from varscale.engine.schedules import teacher_momentum
-from varscale.engine.zero import drop_whole_copies, local_part
+from varscale.engine.zero import drop_whole_copies, finish_changes, local_part
 from varscale.models.networks import StudentNetwork
 from varscale.models.teacher import MomentumTeacher
 from varscale.objectives.collapse import spread
@@ -54,6 +54,7 @@ class TeacherStudentLearner(Learner):
         )
         drop_whole_copies(self.teacher)
         self.teacher.update(self.network, momentum, part=local_part)
+        finish_changes(self.teacher)
 
     def derive(self, means: Terms) -> Shown:
         others = dict(means)
