@@ -41,6 +41,7 @@ CASES = {
     "bfloat16": Case((6, 3, 1, 6), (4, 4), dtype=torch.bfloat16, channels_last=True),
 }
 STEPS = 2
+COMPILED = ("uneven", "channels_last", "no_affine", "far_from_zero", "bfloat16")
 
 
 def make_layer(case: Case) -> nn.Module:
@@ -86,6 +87,12 @@ def work(folder: Path) -> None:
         batches = [make_batch(case, world_size, step) for step in range(STEPS)]
         sizes = case.sizes[:world_size]
         found[name] = run(layer, [(x.split(sizes)[rank], g.split(sizes)[rank]) for x, g in batches])
+        if name in COMPILED:  # as one graph, without generating code for it, which would take minutes
+            compiled = convert_batch_norm(make_layer(case))
+            compiled.compile(backend="aot_eager", fullgraph=True, dynamic=False)
+            found[f"{name}, compiled"] = run(
+                compiled, [(x.split(sizes)[rank], g.split(sizes)[rank]) for x, g in batches]
+            )
         if name == "uneven":
             with frozen_running_statistics(layer), torch.no_grad():
                 found["frozen"] = {"output0": layer(batches[0][0].split(sizes)[rank])} | layer.state_dict()
@@ -106,9 +113,9 @@ def union(case: Case, world_size: int) -> dict[str, Tensor]:
     return run(make_layer(case).double(), [(x.double(), g.double()) for x, g in batches])
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*CASES, *(f"{name}, compiled" for name in COMPILED)])
 def test_equals_batch_norm_on_the_union(ranks: list[dict], name: str) -> None:
-    case = CASES[name]
+    case = CASES[name.removesuffix(", compiled")]
     expected = union(case, len(ranks))
     # Tolerances: of results in the inputs' precision, and of statistics and parameter gradients (float32 at least).
     # Inputs at 1e3 with standard deviation 0.1 are themselves rounded to 3e-4 of it. Normalising two samples gives +1
@@ -117,7 +124,7 @@ def test_equals_batch_norm_on_the_union(ranks: list[dict], name: str) -> None:
         "one_sample_each": (1e-9, 1e-9),
         "far_from_zero": (2e-3, 2e-3),
         "bfloat16": (4e-2, 1e-5),
-    }.get(name, (1e-12, 1e-12))
+    }.get(name.removesuffix(", compiled"), (1e-12, 1e-12))
     for key, reference in expected.items():
         local = [rank[name][key] for rank in ranks]
         if key.startswith(("output", "input_grad")):
