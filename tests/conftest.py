@@ -18,26 +18,6 @@ import varscale  # noqa: F401 -- before torch: it sets how OpenMP waits
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
-SLURM = "tests/slurm/"
-
-
-def pytest_collection_modifyitems(items):
-    """First what needs a Slurm: it waits rather than computes, best while there is much for the others to do."""
-    items.sort(key=lambda item: not item.nodeid.startswith(SLURM))
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config, log):
-    """With several workers, the tests of a file go to one, for what they share, and so do all that need a Slurm."""
-    from xdist.scheduler import LoadFileScheduling
-
-    class Scheduling(LoadFileScheduling):
-        def _split_scope(self, nodeid):
-            return SLURM if nodeid.startswith(SLURM) else super()._split_scope(nodeid)
-
-    return Scheduling(config, log)
-
-
 @pytest.fixture(scope="session")
 def repository() -> Path:
     return REPOSITORY

@@ -130,7 +130,7 @@ def test_batch_norm_sees_the_global_batch(train, varcon_alone):
     assert ours["gradient_norm"] == pytest.approx(theirs["gradient_norm"], rel=0.02)
 
 
-@pytest.mark.parametrize("launcher", ["python", "deepspeed"])
+@pytest.mark.parametrize("launcher", ["python", pytest.param("deepspeed", marks=pytest.mark.slow)])
 def test_resuming_from_the_middle_gives_the_same_end(train, varcon_alone, vit_pair, runs, launcher):
     origin, overrides = (varcon_alone, ()) if launcher == "python" else (vit_pair, (*VIT, *PAIR))
     again = runs / f"again-{launcher}"
@@ -216,7 +216,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(train, varcon_al
     assert [line["epoch"] for line in metrics(again, "knn")] == [1, 2]
 
 
-@pytest.mark.parametrize("recipe", ["digits-varcon", "digits-vssl"])
+@pytest.mark.parametrize("recipe", ["digits-varcon", pytest.param("digits-vssl", marks=pytest.mark.slow)])
 def test_multi_crop(train, recipe):
     local = ["data.local_views=3", "data.local_size=8", "data.local_scale=[0.2, 0.5]", "schedule.epochs=2"]
     assert len(losses(train(recipe, f"multi-crop-{recipe}", *local))) == STEPS

@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
-# Sets up, then runs the linters, the layering contracts and the whole test suite, two files at a time: many a test waits
-# more than it computes. Arguments go to pytest (-n 0: one test after the other).
+# Sets up, then runs the linters, the layering contracts and the test suite. Arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -12,4 +11,4 @@ VIRTUAL_ENV=$PWD/.venv uv pip install --quiet --no-deps lightly==1.6.0 lightning
 ruff check .
 ruff format --check .
 lint-imports
-pytest -n 2 --no-loadscope-reorder "$@"
+pytest "$@"

@@ -17,31 +17,22 @@ SETTINGS = [
     "online_knn.every_epochs=0",
 ]
 CASES = [
-    ("digits-varcon", "zero2", "bfloat16"),
-    ("digits-varcon", "zero3", "bfloat16"),
+    pytest.param("digits-varcon", "zero2", "bfloat16", marks=pytest.mark.slow),
+    pytest.param("digits-varcon", "zero3", "bfloat16", marks=pytest.mark.slow),
     ("digits-vssl", "zero3", "float32"),
 ]
 
 
-@pytest.fixture(scope="module")
-def runs(run_ranks, digits, tmp_path_factory) -> Path:
-    """The folder with all runs, each made with and without: CASE-true and CASE-false."""
-    folder, tasks = tmp_path_factory.mktemp("runs"), {}
-    for case in CASES:
-        recipe, zero, precision = case
-        for wanted in ("true", "false"):
-            chosen = [f"deepspeed.config={zero}", f"compute.precision={precision}"]
-            overrides = [*SETTINGS, *chosen, f"data.dir={digits}", f"encoder.activation_checkpointing={wanted}"]
-            tasks["-".join([*case, wanted])] = [recipe, overrides, None]
-    (folder / "runs.json").write_text(json.dumps(tasks))
-    run_ranks(Path(__file__).with_name("train_worker.py"), 2, folder, timeout=500)
-    return folder
-
-
-@pytest.mark.parametrize("case", CASES, ids="-".join)
-def test_the_bits_are_the_same(runs, case):
-    found = [_parameters_and_metrics(runs / "-".join([*case, wanted])) for wanted in ("true", "false")]
-    (ours, our_lines), (theirs, their_lines) = found
+@pytest.mark.parametrize(("recipe", "zero", "precision"), CASES)
+def test_the_bits_are_the_same(run_ranks, digits, tmp_path, recipe, zero, precision):
+    chosen = [f"data.dir={digits}", f"deepspeed.config={zero}", f"compute.precision={precision}"]
+    tasks = {
+        wanted: [recipe, [*SETTINGS, *chosen, f"encoder.activation_checkpointing={wanted}"], None]
+        for wanted in ("true", "false")
+    }
+    (tmp_path / "runs.json").write_text(json.dumps(tasks))
+    run_ranks(Path(__file__).with_name("train_worker.py"), 2, tmp_path)
+    (ours, our_lines), (theirs, their_lines) = (_parameters_and_metrics(tmp_path / wanted) for wanted in tasks)
     assert len(our_lines) == 2
     assert our_lines == their_lines
     assert ours.keys() == theirs.keys()

@@ -98,7 +98,7 @@ def test_a_users_mistake_on_one_node_alone(alone, command):
     assert "Traceback" not in said[0] + said[1]
 
 
-@pytest.mark.parametrize("loader", ["ffcv", "torch"])
+@pytest.mark.parametrize("loader", ["ffcv", pytest.param("torch", marks=pytest.mark.slow)])
 def test_a_bad_sample_is_skipped_where_asked_for(launch, command, damaged, tmp_path, loader):
     options = ["data.on_bad_sample=skip", f"data.loader={loader}", "data.augmentation=stacked_randaugment"]
     options += ["online_knn.every_epochs=1", "online_knn.k=5"]  # which reads all training images once more

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 IMAGES, STEPS, SIZE = 16, 4, 16
-CASES = [(1, "zero3"), (2, "zero3"), (2, "zero3_offload")]
+SLOW = [(1, "zero3"), (2, "zero3_offload"), (4, "zero3")]
+CASES = [(2, "zero3"), *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW)]
 OVERRIDES = [
     "compute.precision=float32",
     f"data.image_size={SIZE}",
@@ -75,7 +76,7 @@ def bytes_held(module: nn.Module) -> int:
     return sum(storages.values())
 
 
-@pytest.fixture(scope="module", params=[*CASES, pytest.param((4, "zero3"), marks=pytest.mark.slow)], ids=str)
+@pytest.fixture(scope="module", params=CASES, ids=str)
 def ranks(request: pytest.FixtureRequest, run_ranks, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     world_size, zero = request.param
     return run_ranks(__file__, world_size, tmp_path_factory.mktemp("teacher"), zero)

@@ -3,10 +3,13 @@
 import shlex
 import sys
 
+import pytest
+
 from varscale.cluster.submission import Run, Submission
 from varscale.engine.stopping import PREEMPTED
 
 
+@pytest.mark.slow
 def test_the_controller_is_away(cluster, repository, tmp_path):
     """The end of a first start, PREEMPTED, comes while nobody answers; the second start ends well."""
     run = Run("run", tmp_path / "run", tmp_path / "0.yaml", total_steps=10)

@@ -38,6 +38,7 @@ def sbatch(cluster, repository, small_run, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_srun(sbatch):
     assert "stopped by SIGUSR2" in sbatch("srun.sbatch", "--nodes=2", "--ntasks-per-node=1")
 

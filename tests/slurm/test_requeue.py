@@ -41,6 +41,7 @@ def assert_same(job, undisturbed):
     assert [name for name in found if not torch.equal(found[name], undisturbed[name])] == []
 
 
+@pytest.mark.slow
 def test_usr2_and_requeued_by_hand(cluster, submit, undisturbed, tmp_path):
     """USR2, which many clusters send before they preempt, while the ranks start and while they train; then by hand."""
     job = submit(tmp_path / "run", "checkpoint.every_steps=5")
@@ -66,6 +67,7 @@ def test_preempted_by_a_job_of_higher_priority(cluster, disturbed, undisturbed):
     assert "preempted; goes on from step-" in job.log
 
 
+@pytest.mark.slow
 def test_the_time_limit(disturbed, undisturbed, tmp_path):
     """Slurm's shortest limit, a minute. It looks every 30 s and allows for that: the signal comes after 29 to 59 s."""
     settings = tmp_path / "cluster.yaml"
@@ -88,6 +90,7 @@ def test_a_node_goes_down(cluster, disturbed, undisturbed, node):
         cluster.start_nodes()
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs(disturbed, undisturbed):
     job = disturbed("safety.watchdog_seconds=12")
     os.kill(job.rank_process(1), signal.SIGSTOP)

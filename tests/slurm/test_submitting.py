@@ -120,6 +120,7 @@ def test_a_failed_rank_is_named_with_its_traceback_within_seconds(held, submit_p
     assert "the camel is broken" in status
 
 
+@pytest.mark.slow
 def test_cancel(submit, submit_py, cluster, tiny, tmp_path):
     job = submit(tmp_path / "run")
     job.wait_for(lambda job: job.state == "RUNNING")
@@ -180,6 +181,7 @@ def two_recipes(tmp_path):
     return [f"--config={tmp_path / 'varcon.yaml'}", f"--config={tmp_path / 'vssl.yaml'}"]
 
 
+@pytest.mark.slow
 def test_several_configurations_are_a_job_array(submit_array, two_recipes):
     configs = submit_array(["varcon", "vssl"], *two_recipes)
     assert [config["objective"]["name"] for config in configs] == ["varcon", "vssl"]

@@ -33,6 +33,7 @@ def rows(ended):
     return table[1:]
 
 
+@pytest.mark.slow
 def test_every_loader_of_jpegs_has_a_row(repository):
     names = ["ours", "ffcv", "torchvision", "ours-colour", "pil-colour", "decoding"]
     ended = run(repository, "--count", 6, "--batch-size", 3, "--size", 32, "--only", *names)
