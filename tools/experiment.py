@@ -29,7 +29,7 @@ import yaml
 from varscale.config import Config, load_config, to_yaml
 from varscale.data.dataset import read_dataset_info
 from varscale.engine.manifest import refuse_another_run
-from varscale.engine.rundir import read_manifest, read_results
+from varscale.engine.rundir import latest_checkpoint, read_manifest, read_results
 from varscale.errors import UserError
 from varscale.files import replace_text
 
@@ -66,7 +66,8 @@ def main(arguments: list[str] | None = None) -> int:
         refuse_while_submitted(trials, runs)
         for number, trial in enumerate(trials, start=1):
             print(f"\n== {number} of {len(trials)}: {trial.config.output_dir} ==", flush=True)
-            train(trial.config, runs)
+            if not is_finished(trial.config):
+                train(trial.config, runs)
             measure(trial.config.output_dir, columns)
         measured = all_measured(experiment, scale, options, columns)
         show(experiment["question"], columns, measured, folder_of(options.name, options))
@@ -157,6 +158,20 @@ def train(config: Config, folder: Path) -> None:
     """Train a run to its end, from where it stands. Raises UserError where it fails."""
     path = write_config(config, folder)
     _run("varscale/train.py", "--config", str(path), "--resume", "auto")
+
+
+def is_finished(config: Config) -> bool:
+    """Whether nothing is left of a run: its newest checkpoint is the last, and its accuracy measured where wanted."""
+    checkpoint = latest_checkpoint(config.output_dir)
+    if checkpoint is None or not _is_made(config):
+        return False
+    from varscale.data.sampling import steps_per_epoch
+    from varscale.engine.checkpoints import read_state
+
+    state, epochs = read_state(checkpoint)["state"], config.schedule.epochs
+    images = read_dataset_info(config.data.dir).num_samples("train")
+    is_measured = not config.online_knn.every_epochs or state["epochs_measured"] == epochs
+    return is_measured and state["step"] == epochs * steps_per_epoch(images, config.batch.global_batch_size)
 
 
 def write_config(config: Config, folder: Path) -> Path:

@@ -218,5 +218,6 @@ def test_an_experiment_is_run_measured_and_shown_and_given_again_only_shown(expe
     assert experiment.main(arguments) == 0
     assert stamps() == before
     shown = capfd.readouterr()
-    assert "step/s" not in shown.err or "10/10" not in shown.err  # nothing was trained
+    manifests = [json.loads(path.read_text()) for path in folder.glob("*/manifest.json")]
+    assert [len(manifest["starts"]) for manifest in manifests] == [1, 1], "a finished run is not started again"
     assert (folder / "table.md").read_text() in shown.out
