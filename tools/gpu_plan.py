@@ -116,29 +116,19 @@ def kernels(options: argparse.Namespace) -> Stages:
     yield gpu_tests(TOY_TESTS if options.toy else GPU_TESTS, 185)
     small = ["--shapes", "64,10,16", "--repeats", "1"] if options.toy else ["--device", "cuda"]
     yield Stage("objectives", tool("bench_objectives", *small), 45)
+    small = ["--encoder", "resnet18", "--image-size", "32", "--batch", "4", "--rounds", "1"]
+    yield Stage("normalisation", tool("bench_norm", *(small if options.toy else [])), 40)
     settings = ["--config", "imagenet100-varcon", "batch.global_batch_size=64", "--sizes", "32", "224"]
     settings += ["--classes", "100", "--policies", "simaugment", "byol"]
     small = ["--policies", "crop_flip", "--sizes", "16", "--repeats", "1", "batch.global_batch_size=4"]
-    yield Stage("augmentation", tool("bench_augmentation", *(small if options.toy else settings)), 110)
+    yield Stage("augmentation", tool("bench_augmentation", *(small if options.toy else settings)), 90)
     path = options.work / "loaders.json"
     settings = ["--count", "256", "--rounds", "2", "--cores", str(len(os.sched_getaffinity(0)))]
     settings += ["--only", "ours", "torchvision", "ours-colour", "pil-colour", "decoding"]
-    small = [
-        "--images",
-        "cifar",
-        "--count",
-        "8",
-        "--batch-size",
-        "4",
-        "--rounds",
-        "1",
-        "--cores",
-        "1",
-        "--only",
-        "ours",
-    ]
+    small = ["--images", "cifar", "--count", "8", "--batch-size", "4", "--rounds", "1", "--cores", "1"]
+    small += ["--only", "ours"]
     command = tool("bench_loader", *(small if options.toy else settings), "--json", str(path))
-    yield Stage("loaders", command, 110, (str(path),))
+    yield Stage("loaders", command, 90, (str(path),))
     path = options.work / "memory.json"
     cases = ["imagenet100-varcon batch.global_batch_size=64", "cifar100-varcon batch.global_batch_size=512"]
     cases = ["digits-varcon batch.global_batch_size=8"] if options.toy else [*cases, "cifar100-vssl"]

@@ -47,7 +47,15 @@ def stages(ended, out, number):
 @pytest.mark.timeout(1800)
 def test_the_first_run_in_small(run, tmp_path):
     found = stages(run("--toy", 1), tmp_path / "out", 1)
-    assert list(found) == ["smoke", "tests that need a GPU", "objectives", "augmentation", "loaders", "memory"]
+    assert list(found) == [
+        "smoke",
+        "tests that need a GPU",
+        "objectives",
+        "normalisation",
+        "augmentation",
+        "loaders",
+        "memory",
+    ]
     assert all(stage["tables"][0] for stage in found.values())
     counts = found["tests that need a GPU"]["tables"][0][0]
     assert int(counts.get("passed", 0)) + int(counts.get("skipped", 0)) > 0
@@ -178,7 +186,7 @@ def real_stages(plan, digits, tmp_path_factory):
 
 
 def test_the_limits_of_a_runs_stages_fit_into_a_call(plan, real_stages):
-    assert [len(stages) for stages in real_stages.values()] == [4, 6, 6, 5]
+    assert [len(stages) for stages in real_stages.values()] == [4, 7, 6, 5]
     for run, stages in real_stages.items():
         assert sum(stage.limit for stage in stages) <= plan.RUN_LIMIT == 540, run
     assert sum(stage.limit for stage in real_stages["first"]) <= 440
@@ -219,8 +227,8 @@ def test_every_stage_is_understood_by_its_program(real_stages, tool, repository,
             elif hasattr(options, "zero"):
                 assert all(bench.resolve(case, zero) for case in options.case for zero in options.zero)
     assert parsed == {
-        "gpu_smoke", "pytest", "bench_objectives", "bench_augmentation", "bench_loader", "bench_memory", "bench_train",
-        "train", "convert_dataset", "varscale.evaluate",
+        "gpu_smoke", "pytest", "bench_objectives", "bench_augmentation", "bench_loader", "bench_memory", "bench_norm",
+        "bench_train", "train", "convert_dataset", "varscale.evaluate",
     }  # fmt: skip
 
 
