@@ -63,6 +63,21 @@ def test_what_an_experiment_says_goes_over_its_scale_and_what_a_person_says_over
     }
 
 
+SHARED = ("data", "encoder", "optimizer", "schedule", "batch", "compute")
+
+
+@pytest.mark.parametrize("scale", ["digits", "smoke"])
+def test_objectives_are_compared_with_one_schedule_and_optimizer(experiment, lists, chosen, scale):
+    """A recipe's own would be for its rate: a warm-up that begins above the scale's ruins the first epoch."""
+    trials = experiment.plan(chosen("compare"), lists["scales"][scale], options(name="compare", scale=scale))
+    own = {"views", "trust_coefficient", "clip_lr"}  # cross-entropy has one view; the others are LARS's
+    kept = [
+        {name: section.model_dump(exclude=own) for name, section in trial.config if name in SHARED} for trial in trials
+    ]
+    differing = [trial.label for trial, one in zip(trials, kept, strict=True) if one != kept[0]]
+    assert not differing
+
+
 def test_interval_is_students(experiment):
     values = [1.0, 2.0, 4.0]
     mean, half = experiment.interval(values)
