@@ -168,7 +168,10 @@ def is_finished(config: Config) -> bool:
     from varscale.data.sampling import steps_per_epoch
     from varscale.engine.checkpoints import read_state
 
-    state, epochs = read_state(checkpoint)["state"], config.schedule.epochs
+    try:
+        state, epochs = read_state(checkpoint)["state"], config.schedule.epochs
+    except UserError:  # damaged: train.py falls back to the one before
+        return False
     images = read_dataset_info(config.data.dir).num_samples("train")
     is_measured = not config.online_knn.every_epochs or state["epochs_measured"] == epochs
     return is_measured and state["step"] == epochs * steps_per_epoch(images, config.batch.global_batch_size)

@@ -25,6 +25,18 @@ def start(body: str, rank: int = 0, port: int = 0, seconds: float = 0.5, compile
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 
+def assert_first_names_the_cause(body: str, port: int, seconds: float) -> None:
+    """Of two ranks that do `body`, of which the second announces a failure and lingers, the first ends and says so."""
+    first, second = (start(body, rank, port, seconds) for rank in range(2))
+    try:
+        said = first.communicate(timeout=60)[1]
+    finally:
+        second.kill()
+        second.communicate()
+    assert first.returncode == 1, said
+    assert said.splitlines()[-1] == "error: another rank failed: rank 1: out of memory"
+
+
 def test_it_counts_from_its_entry():
     process = start("""
         time.sleep(1)
@@ -60,15 +72,7 @@ def test_a_rank_that_waits_for_one_that_failed_is_not_taken_for_stuck(free_port)
         with dog:
             distributed.meet(ranks)
     """
-    port = free_port()
-    first, second = (start(body, rank, port) for rank in range(2))
-    try:
-        said = first.communicate(timeout=60)[1]
-    finally:
-        second.kill()
-        second.communicate()
-    assert first.returncode == 1, said
-    assert said.splitlines()[-1] == "error: another rank failed: rank 1: out of memory"
+    assert_first_names_the_cause(body, free_port(), seconds=0.5)
 
 
 def test_word_of_a_failed_rank_does_not_wait_for_the_watchdogs_time(free_port):
@@ -81,15 +85,8 @@ def test_word_of_a_failed_rank_does_not_wait_for_the_watchdogs_time(free_port):
         with dog:
             time.sleep(600 if rank == 1 else 60)
     """
-    port, begun = free_port(), time.monotonic()
-    first, second = (start(body, rank, port, seconds=3600) for rank in range(2))
-    try:
-        said = first.communicate(timeout=60)[1]
-    finally:
-        second.kill()
-        second.communicate()
-    assert first.returncode == 1, said
-    assert said.splitlines()[-1] == "error: another rank failed: rank 1: out of memory"
+    begun = time.monotonic()
+    assert_first_names_the_cause(body, free_port(), seconds=3600)
     assert time.monotonic() - begun < 50
 
 

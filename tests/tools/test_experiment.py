@@ -170,6 +170,19 @@ def test_the_table_has_all_runs_of_these_settings_that_were_measured(
     assert "0.05-seed0" in (folder / "report" / "index.html").read_text()
 
 
+def test_a_run_is_finished_when_its_last_checkpoint_says_so(experiment, lists, chosen, digits, tmp_path):
+    given = options(name="epsilon", out=tmp_path, data=digits, set=["online_knn.every_epochs=0"], only=["0.0"])
+    (trial,) = experiment.plan(chosen("epsilon"), lists["scales"]["smoke"], given)
+    assert not experiment.is_finished(trial.config)
+    finish(trial, read_dataset_info(digits).digest, 50.0, 60.0)
+    run, steps = trial.config.output_dir, 4 * (320 // 128)
+    for step in (steps - 1, steps):
+        written = write_checkpoint(run, step, {}, {"step": step, "epochs_measured": 0}, keep=2)
+        assert experiment.is_finished(trial.config) == (step == steps)
+    (written / "state.json").write_text("{}")
+    assert not experiment.is_finished(trial.config), "damaged: train.py has the one before"
+
+
 def test_settings_that_fit_only_some_runs_give_a_table_of_these(experiment, lists, chosen, columns, digits, tmp_path):
     content, scale = chosen("compare"), lists["scales"]["smoke"]
     given = options(name="compare", out=tmp_path, data=digits, only=["varcon"], set=["objective.epsilon=0.01"])
