@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from varscale.config import OBJECTIVES, load_config
-from varscale.engine.learners import BUILDERS, MicroBatch, build_learner
+from varscale.config import load_config
+from varscale.engine.learners import MicroBatch, build_learner
 from varscale.engine.learners.varcon import TAU2_BINS, confidence_histogram
 from varscale.models.heads import ProjectionHead
 from varscale.models.norm import SyncBatchNorm
@@ -143,10 +143,6 @@ def test_more_than_two_views():
     loss, terms = learner.loss(learner.network, batch)
     assert torch.isfinite(loss)
     assert 0 <= learner.derive(terms)["spread"] <= 1
-
-
-def test_every_objective_has_a_learner():
-    assert BUILDERS.keys() == OBJECTIVES.keys()
 
 
 # Without batch normalisation, which sees micro-batches by themselves.

@@ -1,4 +1,7 @@
-"""The objectives' sections, and the one table of them: `objective.name` chooses the section, all else follows."""
+"""The objectives' sections: `objective.name` chooses one of those below, and the learner in the module of that name.
+
+Another objective is a section here and a module in `varscale.engine.learners`.
+"""
 
 from functools import reduce
 from operator import or_
@@ -132,15 +135,6 @@ class CrossEntropyConfig(ObjectiveConfig):
 
 
 OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
-    section.model_fields["name"].default: section
-    for section in (
-        VarConConfig,
-        VSSLConfig,
-        SupConConfig,
-        SimCLRConfig,
-        BYOLConfig,
-        MoCoV3Config,
-        CrossEntropyConfig,
-    )
+    section.model_fields["name"].default: section for section in ObjectiveConfig.__subclasses__()
 }
 Objective = Annotated[reduce(or_, OBJECTIVES.values()), Field(discriminator="name")]

@@ -1,32 +1,18 @@
-"""The learners: what each objective brings to the training loop, by its name in the configuration."""
+"""The learners, what each objective brings to the training loop: a module of the objective's name each.
 
-from collections.abc import Callable
+Such a module has a function `build(encoder, config, num_classes, total_steps) -> Learner`: the data set's number of
+classes, the run's optimizer steps. Modules of other names are what several of them have in common.
+"""
+
+from importlib import import_module
 
 import torch
-from torch import nn
 
 from varscale.config import Config
 from varscale.engine.learners.base import Forward, Learner, MicroBatch, Shown, Terms
-from varscale.engine.learners.byol import build_byol
-from varscale.engine.learners.classifier import build_cross_entropy
-from varscale.engine.learners.mocov3 import build_mocov3
-from varscale.engine.learners.pairwise import build_simclr, build_supcon
-from varscale.engine.learners.varcon import VarConLearner, build_varcon
-from varscale.engine.learners.vssl import build_vssl
 from varscale.models.encoders import build_encoder
 
-__all__ = ["Forward", "Learner", "MicroBatch", "Shown", "Terms", "VarConLearner", "build_learner"]
-
-# By objective.name: (encoder, configuration, classes of the data set, optimizer steps of the run) -> learner.
-BUILDERS: dict[str, Callable[[nn.Module, Config, int, int], Learner]] = {
-    "varcon": build_varcon,
-    "vssl": build_vssl,
-    "supcon": build_supcon,
-    "simclr": build_simclr,
-    "byol": build_byol,
-    "mocov3": build_mocov3,
-    "cross_entropy": build_cross_entropy,
-}
+__all__ = ["Forward", "Learner", "MicroBatch", "Shown", "Terms", "build_learner"]
 
 
 def build_learner(config: Config, num_classes: int, total_steps: int, device: torch.device) -> Learner:
@@ -40,7 +26,8 @@ def build_learner(config: Config, num_classes: int, total_steps: int, device: to
         sync_batch_norm=config.encoder.sync_batch_norm,
         activation_checkpointing=config.encoder.activation_checkpointing,
     )
-    learner = BUILDERS[config.objective.name](encoder, config, num_classes, total_steps)
+    module = import_module(f"{__name__}.{config.objective.name}")
+    learner = module.build(encoder, config, num_classes, total_steps)
     for module in (learner.network, *learner.companions().values()):
         module.to(device)
     return learner

@@ -9,7 +9,7 @@ from varscale.models.networks import build_student_network
 from varscale.objectives.byol import byol_loss
 
 
-def build_byol(encoder: nn.Module, config: Config, num_classes: int, total_steps: int) -> Learner:
+def build(encoder: nn.Module, config: Config, num_classes: int, total_steps: int) -> Learner:
     """BYOL's learner."""
     o = config.objective
     network = build_student_network(

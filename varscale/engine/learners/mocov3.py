@@ -15,7 +15,7 @@ from varscale.models.networks import build_student_network
 from varscale.objectives.mocov3 import mocov3_loss
 
 
-def build_mocov3(encoder: nn.Module, config: Config, num_classes: int, total_steps: int) -> Learner:
+def build(encoder: nn.Module, config: Config, num_classes: int, total_steps: int) -> Learner:
     """MoCo v3's learner, with the heads that its code gives to ResNets."""
     o = config.objective
     network = build_student_network(

@@ -1,7 +1,6 @@
-"""SupCon and SimCLR in the training loop: embeddings compared with all others of the global batch."""
+"""What SupCon and SimCLR have in common: embeddings compared with all others of the global batch."""
 
 from collections.abc import Callable, Sequence
-from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
@@ -12,16 +11,6 @@ from varscale.engine.learners.base import Forward, Learner, MicroBatch, Terms
 from varscale.engine.messages import Message
 from varscale.models.networks import build_embedding_network
 from varscale.objectives.supcon import supcon_loss
-
-
-def build_supcon(encoder: nn.Module, config: Config, num_classes: int, total_steps: int) -> Learner:
-    """SupCon's learner: images of one class are alike."""
-    return PairwiseLearner(encoder, config, attrgetter("labels"))
-
-
-def build_simclr(encoder: nn.Module, config: Config, num_classes: int, total_steps: int) -> Learner:
-    """SimCLR's learner: views of one image are alike."""
-    return PairwiseLearner(encoder, config, attrgetter("indices"))
 
 
 class PairwiseLearner(Learner):

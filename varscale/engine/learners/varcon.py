@@ -16,7 +16,7 @@ from varscale.objectives.varcon import varcon_loss, varcon_loss_from_statistics
 TAU2_BINS = 40
 
 
-def build_varcon(encoder: nn.Module, config: Config, num_classes: int, total_steps: int) -> Learner:
+def build(encoder: nn.Module, config: Config, num_classes: int, total_steps: int) -> Learner:
     """VarCon's learner."""
     return VarConLearner(encoder, config.objective, num_classes)
 

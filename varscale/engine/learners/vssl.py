@@ -11,7 +11,7 @@ from varscale.models.networks import build_student_network
 from varscale.objectives.vssl import vssl_loss
 
 
-def build_vssl(encoder: nn.Module, config: Config, num_classes: int, total_steps: int) -> Learner:
+def build(encoder: nn.Module, config: Config, num_classes: int, total_steps: int) -> Learner:
     """VSSL's learner."""
     o = config.objective
     network = build_student_network(

@@ -8,7 +8,7 @@ from varscale.models.networks import build_classifier
 from varscale.objectives.cross_entropy import cross_entropy_loss
 
 
-def build_cross_entropy(encoder: nn.Module, config: Config, num_classes: int, total_steps: int) -> Learner:
+def build(encoder: nn.Module, config: Config, num_classes: int, total_steps: int) -> Learner:
     """The classifier's learner."""
     return ClassifierLearner(encoder, num_classes, config.objective.label_smoothing)
 
