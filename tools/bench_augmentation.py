@@ -4,8 +4,8 @@
     python tools/bench_augmentation.py                                # digits-varcon's step, views of 32 and 224 pixels
     python tools/bench_augmentation.py --config imagenet100-varcon batch.global_batch_size=64 --sizes 224
 
-On the device that training would use: on a CPU the compiled code beside torch's operations, on a GPU these as they are
-and under torch.compile. The contenders take turns, so that a busy machine slows all of them; times are medians. The
+On the device that training would use: compiled code (on a GPU, Triton kernels) beside torch's operations, on a GPU also
+these under torch.compile. The contenders take turns, so that a busy machine slows all of them; times are medians. The
 share is of a step of the recipe with its own policy: augmentation, forward, backward and update.
 """
 
@@ -56,7 +56,7 @@ def show_policies(options: argparse.Namespace, size: int, ranks: Ranks) -> None:
     """A table: policies down, ways of computing across."""
     images = torch.randint(0, 256, (max(1, PIXELS // (2 * size * size)), 2, size, size, 3), dtype=torch.uint8)
     images, indices = images.to(ranks.device), torch.arange(len(images))
-    ways = ["torch", "torch.compile"] if images.is_cuda else ["compiled", "torch"]
+    ways = ["compiled", "torch", *["torch.compile"] * images.is_cuda]
     print(f"Microseconds a view of {size} x {size} pixels, of {2 * len(images)} views:\n")
     print(f"| policy | {' | '.join(ways)} |\n|---{'|---' * len(ways)}|")
     for policy in options.policies:

@@ -315,9 +315,10 @@ on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUD
 @pytest.mark.gpu
 @on_a_gpu
 @pytest.mark.parametrize("policy", POLICIES)
-def test_the_gpu_gives_the_same(policy):
+@pytest.mark.parametrize("compiled", [True, False])
+def test_the_gpu_gives_the_same(policy, compiled):
     images, indices = views(16, 2, 96), torch.arange(16)
-    augmentation = Augmentation(policy, 2, 96, MEAN, STD, seed=3)
+    augmentation = Augmentation(policy, 2, 96, MEAN, STD, seed=3, compiled=compiled)
     expected = augmentation(images, indices, epoch=2)
     output = augmentation.cuda()(images.cuda(), indices, epoch=2)
     # A value next to a threshold, or to the next level, may fall on its other side.
@@ -364,7 +365,7 @@ def test_a_sample_alone_equals_itself_in_a_batch_on_the_gpu(policy):
 @pytest.mark.gpu
 @on_a_gpu
 def test_code_compiled_for_the_gpu_gives_the_same_views():
-    augmentation = Augmentation("byol", 2, 96, MEAN, STD, seed=11).cuda()
+    augmentation = Augmentation("byol", 2, 96, MEAN, STD, seed=11, compiled=False).cuda()
     images, indices = views(8, 2, 96).cuda(), torch.arange(8)
     expected = augmentation(images, indices, epoch=5)
     augmentation.compile(dynamic=False)

@@ -148,6 +148,21 @@ def test_a_nan_is_not_hidden_by_the_relu(ranks: list[dict]) -> None:
     assert not any(rank["nan"]["output"][:, 1:].isnan().any() for rank in ranks)
 
 
+@pytest.mark.parametrize("architecture", [80, 90])  # A100, H100
+@pytest.mark.parametrize("name", ["images", "bfloat16", "bfloat16_relu"])
+def test_they_can_be_compiled_for_gpus(name: str, architecture: int) -> None:
+    pytest.importorskip("triton", reason="torch comes without Triton here")
+    from gpu_compiler import compiling
+
+    case = CASES[name]
+    with compiling(architecture) as kernels:
+        by_kernels(case, tensors(case))
+    assert set(kernels) == {
+        "_sum_inputs", "_combine_statistics", "_normalise", "_sum_gradients", "_combine_gradients", "_pass_back"
+    }  # fmt: skip
+    assert all(launch.asm["cubin"] for launches in kernels.values() for launch in launches)
+
+
 @pytest.mark.gpu
 @on_a_gpu
 @pytest.mark.parametrize("name", CASES)

@@ -4,6 +4,7 @@ Nothing here depends on the rest of the batch, on its size or on the device (up 
 device: there is no loop over samples, and every choice is made by arithmetic or on the host.
 """
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ LARGEST_SMALL_IMAGE = 64
 BLUR_SIGMA = (0.1, 2.0)
 SOLARIZE_THRESHOLD = 0.5
 NEVER = 2.0  # a threshold that no value in [0, 1] reaches
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 # On a CPU the operations run over as many images as stay in a core's cache, 3 floats a pixel.
 PIXELS_IN_CACHE = 1 << 16
 
@@ -108,8 +110,8 @@ class Augmentation(nn.Module):
         seed: of the random parameters.
         first_view: the number of the first of these views among all views of an image.
         dtype: of the result, torch.float32 or torch.bfloat16; all is computed in float32 and rounded once, at the end.
-        compiled: on a CPU, `varscale.data.compiled_colour` in place of torch's operations, several times as fast; not
-            where the policy has operations of AutoAugment's kind.
+        compiled: `varscale.data.compiled_colour` on a CPU, `varscale.data.colour_kernels` on a GPU, in place of torch's
+            operations, several times as fast; not where the policy has operations of AutoAugment's kind.
 
     Raises:
         ValueError: unknown policy, or no views.
@@ -146,7 +148,7 @@ class Augmentation(nn.Module):
             self.register_buffer("bands", blur_bands(image_size, blur_kernel_size(image_size)), persistent=False)
 
     def compile(self, **options: object) -> None:
-        """torch.compile what a device does: its operations then read and write each pixel once."""
+        """torch.compile torch's operations, where it is these that are used."""
         self._augment = torch.compile(self._augment, **options)
 
     def forward(self, images: torch.Tensor, indices: torch.Tensor, epoch: int) -> torch.Tensor:
@@ -167,12 +169,21 @@ class Augmentation(nn.Module):
             device=images.device,
             memory_format=torch.channels_last,
         )
-        if self.compiled and not images.is_cuda:
+        if not self.compiled or (images.is_cuda and not HAS_TRITON):
+            self._augment_by_torch(images, indices, epoch, output)
+        elif images.is_cuda:
+            self._augment_by_kernels(images, indices, epoch, output)
+        else:
             self._augment_on_cpu(images, indices, epoch, output)
-            return output
+        return output
+
+    def _augment_by_torch(self, images: torch.Tensor, indices: torch.Tensor, epoch: int, output: torch.Tensor) -> None:
+        """Augments images (N, V, H, W, 3) uint8 into `output` (V * N, 3, H, W), operation by operation."""
+        count, views, height, width, _ = images.shape
         step = count if images.is_cuda else max(1, PIXELS_IN_CACHE // (height * width))
         for view in range(views):
-            draws, operations = self.draw(indices, epoch, view), self.draw_operations(indices, epoch, view)
+            draws = [to_device(drawn, images.device) for drawn in self.draw(indices, epoch, view)]
+            operations = self.draw_operations(indices, epoch, view)
             for start in range(0, count, step):
                 rows = slice(start, min(start + step, count))
                 self._augment(
@@ -182,7 +193,31 @@ class Augmentation(nn.Module):
                     self.photometric[view],
                     output[view * count + rows.start : view * count + rows.stop],
                 )
-        return output
+
+    @torch.compiler.disable
+    def _augment_by_kernels(
+        self, images: torch.Tensor, indices: torch.Tensor, epoch: int, output: torch.Tensor
+    ) -> None:
+        """As `_augment_by_torch`, in a launch or, with blur, a few a view."""
+        from varscale.data import colour_kernels
+
+        if not images[0, 0].is_contiguous():
+            images = images.contiguous()
+        of_views = [self.draw(indices, epoch, view) for view in range(images.shape[1])]
+        draws = Draws(*map(torch.cat, zip(*of_views, strict=True)))
+        solarize = torch.where(draws.solarize, SOLARIZE_THRESHOLD, NEVER)
+        packed = colour_kernels.pack(draws.factors, draws.positions, draws.grayscale, solarize)
+        parameters = to_device(packed, images.device)
+        if not self.blurs:
+            colour_kernels.augment(images, parameters, self.scale, self.shift, output)
+            return
+        sigma, blur = to_device(draws.sigma, images.device), to_device(draws.blur, images.device)
+        for view in range(images.shape[1]):
+            rows = slice(view * len(images), (view + 1) * len(images))
+            planes = torch.empty((len(images), *output.shape[1:]), device=images.device)
+            colour_kernels.jitter(images[:, view : view + 1], parameters[rows], planes)
+            blur_(planes, sigma[rows], blur[rows], self.bands)
+            colour_kernels.finish(planes, parameters[rows], self.scale, self.shift, output[rows])
 
     @torch.compiler.disable
     def _augment_on_cpu(self, images: torch.Tensor, indices: torch.Tensor, epoch: int, output: torch.Tensor) -> None:
@@ -215,11 +250,11 @@ class Augmentation(nn.Module):
 
     @torch.compiler.disable
     def draw(self, indices: torch.Tensor, epoch: int, view: int) -> Draws:
-        """The parameters of one view: a pure function of (seed, epoch, sample, view). indices: (N,) int64."""
+        """One view's parameters, on the host: a pure function of (seed, epoch, sample, view). indices: (N,) int64."""
         policy = self.photometric[view]
         draws = np.arange(PHOTOMETRIC_DRAWS, PHOTOMETRIC_DRAWS + 13, dtype=np.uint64)
         number = uniform(self._streams(indices, epoch, view)[:, None], draws).astype(np.float32)
-        number = to_device(torch.from_numpy(number), self.scale.device)
+        number = torch.from_numpy(number)
         strength = [policy.brightness, policy.contrast, policy.saturation]
         lows = [*(max(0.0, 1 - value) for value in strength), -policy.hue]
         highs = [*(1 + value for value in strength), policy.hue]
