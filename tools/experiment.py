@@ -15,6 +15,7 @@ the page is the report of all these runs. Experiments that only measure somethin
 
 import argparse
 import difflib
+import os
 import statistics
 import subprocess
 import sys
@@ -157,7 +158,7 @@ def _as_file_name(label: str) -> str:
 def train(config: Config, folder: Path) -> None:
     """Train a run to its end, from where it stands. Raises UserError where it fails."""
     path = write_config(config, folder)
-    _run("varscale/train.py", "--config", str(path), "--resume", "auto")
+    _run(str(ROOT / "varscale/train.py"), "--config", str(path), "--resume", "auto")
 
 
 def is_finished(config: Config) -> bool:
@@ -243,7 +244,9 @@ def refuse_while_submitted(trials: list[Trial], folder: Path) -> None:
 
 
 def _run(*arguments: str) -> None:
-    done = subprocess.run([sys.executable, *arguments], cwd=ROOT)
+    """A program of this checkout, in the folder from which relative paths were given."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run([sys.executable, *arguments], env=os.environ | {"PYTHONPATH": path})
     if done.returncode:
         raise UserError(f"{' '.join(arguments)} ended with exit code {done.returncode}; the same command goes on")
 
@@ -251,7 +254,7 @@ def _run(*arguments: str) -> None:
 def submit(trials: list[Trial], folder: Path, options: list[str]) -> int:
     """Put all runs into the queue as one job array; returns submit.py's exit code."""
     configs = [f"--config={write_config(trial.config, folder)}" for trial in trials]
-    return subprocess.run([sys.executable, "slurm/submit.py", *configs, *options], cwd=ROOT).returncode
+    return subprocess.run([sys.executable, str(ROOT / "slurm/submit.py"), *configs, *options]).returncode
 
 
 def show(question: str, columns: Columns, trials: list[Trial], folder: Path) -> None:

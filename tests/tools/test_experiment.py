@@ -151,11 +151,12 @@ def finish(trial, digest, knn, linear):
 
 
 def test_the_table_has_all_runs_of_these_settings_that_were_measured(
-    experiment, lists, chosen, columns, digits, tmp_path
+    experiment, lists, chosen, columns, digits, tmp_path, monkeypatch
 ):
+    monkeypatch.chdir(tmp_path)  # relative paths belong to where the command is given
     content, scale, digest = chosen("epsilon"), lists["scales"]["smoke"], read_dataset_info(digits).digest
-    given = {"name": "epsilon", "out": tmp_path, "data": digits}
-    folder = tmp_path / "epsilon-smoke"
+    given = {"name": "epsilon", "out": Path("runs"), "data": digits}
+    folder = Path("runs") / "epsilon-smoke"
     trials = {(t.label, t.config.seed): t for t in experiment.plan(content, scale, options(**given, seeds=2))}
     for number, key in enumerate([("0.0", 0), ("0.0", 1), ("0.05", 0)]):
         finish(trials[key], digest, 50.0 + number, 60.0 + number)
