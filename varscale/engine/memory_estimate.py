@@ -19,6 +19,7 @@ from varscale.engine.learners import Learner, MicroBatch
 
 STATES = {"sgd": 1, "lars": 1, "adamw": 2}  # float32 tensors an optimizer keeps per parameter
 BUCKET = 500_000_000  # elements: DeepSpeed's own reduce_bucket_size
+PREFETCH = 50_000_000  # elements: DeepSpeed's own stage3_prefetch_bucket_size
 SIMULATED = 2  # micro-batches: from the second one on, all find the memory alike
 
 
@@ -57,11 +58,16 @@ def memory_estimate(config: Config, sizes: BatchSizes, deepspeed: dict, learner:
         backward = max(held + partition + max(peak, reduced), held + share, 2 * share - buffers)
     else:
         buffers += share  # the gradients' partition
-        backward = whole + max(peak, reduced)
+        # From several ranks parameters come in one piece, of which each is copied out.
+        gathered = min(whole, 4 * zero.get("stage3_prefetch_bucket_size", PREFETCH)) if ranks > 1 else 0
+        backward = whole + max(peak + gathered, reduced)
+    teacher = sum(map(_bytes, learner.companions().values()))
+    if stage == 3 and ranks > 1:
+        teacher += teacher / ranks  # whole until it follows the student
     parts = {
         "parameters": share if stage == 3 else whole,
         "optimizer": 0 if "offload_optimizer" in zero else states,
-        "teacher": sum(map(_bytes, learner.companions().values())) / (ranks if stage == 3 else 1),
+        "teacher": teacher,
         "views": micro_batches * sum(view.nbytes for view in _micro_batch(config, sizes, "meta").views),
         "buffers": buffers,
         "backward": backward,
