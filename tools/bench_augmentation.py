@@ -4,9 +4,11 @@
     python tools/bench_augmentation.py                                # digits-varcon's step, views of 32 and 224 pixels
     python tools/bench_augmentation.py --config imagenet100-varcon batch.global_batch_size=64 --sizes 224
 
-On the device that training would use: compiled code (on a GPU, Triton kernels) beside torch's operations, on a GPU also
-these under torch.compile. The contenders take turns, so that a busy machine slows all of them; times are medians. The
-share is of a step of the recipe with its own policy: augmentation, forward, backward and update.
+On the device that training would use, in the recipe's number format: compiled code (on a GPU, Triton kernels) beside
+torch's operations, on a GPU also these under torch.compile for policies that have no compiled code. The contenders take
+turns, so that a busy machine slows all of them; times are medians. A GPU is given several batches at a time, so that it
+does not wait for the host, whose own time stands behind the comma. The share is of a step of the recipe with its own
+policy: augmentation, forward, backward and update.
 """
 
 import argparse
@@ -25,7 +27,8 @@ from varscale.data.augment import POLICIES, Augmentation
 from varscale.engine.distributed import Ranks
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-PIXELS = 32 * 224 * 224  # in the views of a measurement
+PIXELS = {"cpu": 32 * 224**2, "cuda": 512 * 224**2}  # in the views of a measurement
+IN_A_ROW = {"cpu": 1, "cuda": 10}  # batches between two looks at the clock
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -43,37 +46,51 @@ def main() -> None:
     options = parse_arguments()
 
     from varscale.engine import distributed
+    from varscale.engine.determinism import use_deterministic_kernels
 
     ranks = distributed.join()
     print(f"torch {torch.__version__}, {ranks.device_name}, {ranks.cores} threads, medians of {options.repeats}\n")
+    config = load_config(options.config, options.overrides)
+    use_deterministic_kernels(config.compute.deterministic)
+    show_share(config, options, ranks)
     for size in options.sizes:
-        show_policies(options, size, ranks)
-    show_share(load_config(options.config, options.overrides), options, ranks)
+        show_policies(options, size, dtype_of(config), ranks)
     distributed.leave()
 
 
-def show_policies(options: argparse.Namespace, size: int, ranks: Ranks) -> None:
+def dtype_of(config: Config) -> torch.dtype:
+    """What training has its views in."""
+    return torch.bfloat16 if config.compute.precision == "bfloat16" else torch.float32
+
+
+def show_policies(options: argparse.Namespace, size: int, dtype: torch.dtype, ranks: Ranks) -> None:
     """A table: policies down, ways of computing across."""
-    images = torch.randint(0, 256, (max(1, PIXELS // (2 * size * size)), 2, size, size, 3), dtype=torch.uint8)
+    count = max(1, PIXELS[ranks.device.type] // (2 * size * size))
+    images = torch.randint(0, 256, (count, 2, size, size, 3), dtype=torch.uint8)
     images, indices = images.to(ranks.device), torch.arange(len(images))
     ways = ["compiled", "torch", *["torch.compile"] * images.is_cuda]
-    print(f"Microseconds a view of {size} x {size} pixels, of {2 * len(images)} views:\n")
+    print(f"\nMicroseconds a view of {size} x {size} pixels, of {2 * len(images)} views in {dtype}:\n")
     print(f"| policy | {' | '.join(ways)} |\n|---{'|---' * len(ways)}|")
     for policy in options.policies:
         contenders = {}
         for way in ways:
-            augmentation = Augmentation(policy, 2, size, MEAN, STD, seed=0, compiled=way == "compiled")
-            augmentation.to(ranks.device)
-            if way == "compiled" and not augmentation.compiled:
+            settings = {"seed": 0, "dtype": dtype, "compiled": way == "compiled"}
+            augmentation = Augmentation(policy, 2, size, MEAN, STD, **settings).to(ranks.device)
+            if {"compiled": not augmentation.compiled, "torch.compile": "compiled" in contenders}.get(way):
                 continue
             if way == "torch.compile":
                 augmentation.compile(dynamic=False)  # as training does
             contenders[way] = augmentation
         calls = {way: lambda repeat, call=call: call(images, indices, repeat) for way, call in contenders.items()}
         times = in_turns(calls, options.repeats, ranks)
-        shown = [f"{1e6 * times[way] / (2 * len(images)):,.1f}" if way in times else "-" for way in ways]
+        shown = [microseconds(times[way], 2 * len(images)) if way in times else "-" for way in ways]
         print(f"| {policy} | {' | '.join(shown)} |", flush=True)
-    print()
+
+
+def microseconds(taken: tuple[float, float], views: int) -> str:
+    """Of a view: in all and, where the device does not wait for it, of the host."""
+    whole, host = (f"{1e6 * seconds / views:,.2f}" for seconds in taken)
+    return whole if not torch.cuda.is_available() else f"{whole}, {host}"
 
 
 def show_share(config: Config, options: argparse.Namespace, ranks: Ranks) -> None:
@@ -85,7 +102,8 @@ def show_share(config: Config, options: argparse.Namespace, ranks: Ranks) -> Non
     sizes, data = resolve_batch(config.batch, 1), config.data
     learner = build_learner(config, options.classes, total_steps=1, device=ranks.device)
     engine = open_engine(config, resolve_deepspeed(config, sizes), learner)
-    augmentation = Augmentation(data.augmentation, data.views, data.image_size, MEAN, STD, seed=0).to(ranks.device)
+    settings = {"seed": 0, "dtype": dtype_of(config)}
+    augmentation = Augmentation(data.augmentation, data.views, data.image_size, MEAN, STD, **settings).to(ranks.device)
     shape = (sizes.micro_batch_size, data.views, data.image_size, data.image_size, 3)
     images = torch.randint(0, 256, shape, dtype=torch.uint8, device=ranks.device)
     labels, indices = torch.arange(len(images), device=ranks.device) % options.classes, torch.arange(len(images))
@@ -98,7 +116,7 @@ def show_share(config: Config, options: argparse.Namespace, ranks: Ranks) -> Non
         options.repeats,
         ranks,
     )
-    part, whole = times["augmentation"], sum(times.values())
+    part, whole = times["augmentation"][0], sum(seconds for seconds, _ in times.values())
     print(
         f"A step of {options.config} {' '.join(options.overrides)} ({config.encoder.name}, {len(views)} views of "
         f"{data.image_size} pixels, {data.augmentation}, {config.compute.precision}): {1e3 * whole:.1f} ms, of which "
@@ -106,18 +124,21 @@ def show_share(config: Config, options: argparse.Namespace, ranks: Ranks) -> Non
     )
 
 
-def in_turns(calls: dict[str, Callable[[int], object]], repeats: int, ranks: Ranks) -> dict[str, float]:
-    """The median time of each call, seconds; the first round is not counted."""
+def in_turns(calls: dict[str, Callable[[int], object]], repeats: int, ranks: Ranks) -> dict[str, tuple[float, float]]:
+    """The median time of each call and the host's part of it, seconds; the first round is not counted."""
+    in_a_row = IN_A_ROW[ranks.device.type]
     synchronize = torch.cuda.synchronize if ranks.device.type == "cuda" else lambda: None
     times = {name: [] for name in calls}
     for repeat in range(repeats + 1):
         for name, call in calls.items():
             synchronize()
             start = time.perf_counter()
-            call(repeat)
+            for _ in range(in_a_row):
+                call(repeat)
+            launched = time.perf_counter() - start
             synchronize()
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(taken[1:]) for name, taken in times.items()}
+            times[name].append(((time.perf_counter() - start) / in_a_row, launched / in_a_row))
+    return {name: tuple(map(statistics.median, zip(*taken[1:], strict=True))) for name, taken in times.items()}
 
 
 if __name__ == "__main__":

@@ -88,6 +88,8 @@ def step(name: str, embeddings: Tensor, labels: Tensor, classes: int) -> float:
 
 def peak_memory(name: str, shape: tuple[int, int, int], device: str, threads: int) -> int | None:
     """Bytes that one step needs on top of its inputs: of the allocator on a GPU, of the whole process on a CPU."""
+    if device == "cuda":
+        return _peak_memory(name, shape, device, threads)
     context = multiprocessing.get_context("spawn")  # a fresh process, whose memory no contender has grown yet
     with context.Pool(1) as pool:
         return pool.apply(_peak_memory, (name, shape, device, threads))

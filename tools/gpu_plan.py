@@ -31,6 +31,7 @@ TOY_PATIENCE = 10  # times the limits of the real run
 RUN_LIMIT = 540  # seconds; no run's stages may have more together
 LEAST = 5  # seconds; with less a stage cannot even begin
 GPU_TESTS = [  # those of parts take seconds, those of whole runs half a minute each
+    "tests/test_triton_launch.py",
     "tests/distributed/test_norm.py",
     "tests/distributed/test_norm_kernels.py",
     "tests/engine/test_throughput.py",

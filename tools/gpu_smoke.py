@@ -25,6 +25,7 @@ def main() -> int:
     print("| what | version |\n|---|---|")
     checks: dict[str, Callable[[], str]] = {name: lambda name=name: version(name) for name in PACKAGES}
     checks |= {"FFCV's compiled library": ffcv_library, "compiled code": compiled_code, "device": device}
+    checks |= {"Triton": triton_kernels}
     checks |= {f"varscale {varscale.__version__}": programs}
     failed = False
     for what, check in checks.items():
@@ -68,6 +69,19 @@ def device() -> str:
     if found.item() != 64:
         raise RuntimeError(f"64 ones times 64 ones came to {found.item()}")
     return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}" if name == "cuda" else "CPU"
+
+
+def triton_kernels() -> str:
+    """Without a GPU there is nothing to launch one on."""
+    import torch
+
+    from varscale.triton_launch import can_launch
+
+    if can_launch():
+        return "launches kernels"
+    if torch.cuda.is_available():
+        raise RuntimeError("launches no kernel (why stands above); torch's slower ones are used instead")
+    return "not used"
 
 
 def programs() -> str:

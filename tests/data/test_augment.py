@@ -315,15 +315,27 @@ on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUD
 @pytest.mark.gpu
 @on_a_gpu
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("compiled", [True, False])
-def test_the_gpu_gives_the_same(policy, compiled):
-    images, indices = views(16, 2, 96), torch.arange(16)
-    augmentation = Augmentation(policy, 2, 96, MEAN, STD, seed=3, compiled=compiled)
+@pytest.mark.parametrize(("compiled", "size"), [(True, 96), (True, 224), (False, 96)])
+def test_the_gpu_gives_the_same(policy, compiled, size, monkeypatch):
+    images, indices = views(16, 3, size)[:, :2], torch.arange(16)
+    augmentation = Augmentation(policy, 2, size, MEAN, STD, seed=3, compiled=compiled)
     expected = augmentation(images, indices, epoch=2)
+    if augmentation.compiled:
+        monkeypatch.delattr(Augmentation, "_augment_by_torch")
     output = augmentation.cuda()(images.cuda(), indices, epoch=2)
     # A value next to a threshold, or to the next level, may fall on its other side.
     changed = 0.02 if augmentation.photometric[0].operations else 1e-4
     assert ((output.cpu() - expected).abs() > 1e-4).float().mean() < changed
+
+
+@pytest.mark.gpu
+@on_a_gpu
+@pytest.mark.parametrize("policy", ["simaugment", "byol"])
+def test_the_gpu_rounds_to_bfloat16_once(policy):
+    images, indices = views(16, 2, 96).cuda(), torch.arange(16)
+    exact = Augmentation(policy, 2, 96, MEAN, STD, seed=3).cuda()(images, indices, epoch=2)
+    rounded = Augmentation(policy, 2, 96, MEAN, STD, seed=3, dtype=torch.bfloat16).cuda()(images, indices, epoch=2)
+    assert torch.equal(rounded, exact.bfloat16())
 
 
 @pytest.mark.gpu

@@ -1,5 +1,6 @@
 """A checkpoint that failed is asked for again until one is made, also where each step is settled at once."""
 
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -7,8 +8,10 @@ import torch
 import torch.distributed as dist
 
 from varscale.engine.distributed import Ranks
+from varscale.engine.learners import MicroBatch
 from varscale.engine.outcomes import Outcomes
 from varscale.engine.state import TrainState
+from varscale.engine.taken import TakenStep
 
 
 @pytest.fixture(autouse=True)
@@ -16,6 +19,20 @@ def group_of_one(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
     yield
     dist.destroy_process_group()
+
+
+def test_a_taken_step_holds_neither_views_nor_a_graph():
+    """They are a step's memory, which the next one needs while this one is open."""
+    view, parameter = torch.ones(4, 3, 8, 8), torch.ones((), requires_grad=True)
+    batch = MicroBatch((view,), torch.zeros(4), torch.arange(4))
+    gone = weakref.ref(view)
+    terms = [{"loss": parameter * 2}]
+    step = TakenStep(TrainState(), terms, [batch], lr=0.1, gradient_norm=torch.tensor(1.0))
+    del view, batch
+    assert gone() is None
+    assert not step.terms[0]["loss"].requires_grad
+    assert step.indices[0].tolist() == [0, 1, 2, 3]
+    assert not step.looks_bad
 
 
 @pytest.mark.parametrize("at_once", [True, False])

@@ -4,7 +4,6 @@ Nothing here depends on the rest of the batch, on its size or on the device (up 
 device: there is no loop over samples, and every choice is made by arithmetic or on the host.
 """
 
-import importlib.util
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,13 +20,14 @@ from varscale.data.compiled_colour import augment_images
 from varscale.data.operations import Chosen, draw_autoaugment, draw_randaugment, operate_
 from varscale.data.randomness import PHOTOMETRIC_DRAWS, as_uint64, stream, uniform
 from varscale.data.transfer import to_device
+from varscale.triton_launch import can_launch
 
 # In pixels, images of CIFAR's kind: BYOL and SimCLR do not blur them, and AutoAugment has a policy for them.
 LARGEST_SMALL_IMAGE = 64
 BLUR_SIGMA = (0.1, 2.0)
 SOLARIZE_THRESHOLD = 0.5
 NEVER = 2.0  # a threshold that no value in [0, 1] reaches
-HAS_TRITON = importlib.util.find_spec("triton") is not None
+BLURRED_AT_ONCE = 256  # images on a GPU: each takes its size squared of floats for its matrix, and a copy of itself
 # On a CPU the operations run over as many images as stay in a core's cache, 3 floats a pixel.
 PIXELS_IN_CACHE = 1 << 16
 
@@ -169,7 +169,7 @@ class Augmentation(nn.Module):
             device=images.device,
             memory_format=torch.channels_last,
         )
-        if not self.compiled or (images.is_cuda and not HAS_TRITON):
+        if not self.compiled or (images.is_cuda and not can_launch()):
             self._augment_by_torch(images, indices, epoch, output)
         elif images.is_cuda:
             self._augment_by_kernels(images, indices, epoch, output)
@@ -198,7 +198,7 @@ class Augmentation(nn.Module):
     def _augment_by_kernels(
         self, images: torch.Tensor, indices: torch.Tensor, epoch: int, output: torch.Tensor
     ) -> None:
-        """As `_augment_by_torch`, in a launch or, with blur, a few a view."""
+        """As `_augment_by_torch`, in one launch for all; what is due blur takes a few more."""
         from varscale.data import colour_kernels
 
         if not images[0, 0].is_contiguous():
@@ -206,18 +206,17 @@ class Augmentation(nn.Module):
         of_views = [self.draw(indices, epoch, view) for view in range(images.shape[1])]
         draws = Draws(*map(torch.cat, zip(*of_views, strict=True)))
         solarize = torch.where(draws.solarize, SOLARIZE_THRESHOLD, NEVER)
-        packed = colour_kernels.pack(draws.factors, draws.positions, draws.grayscale, solarize)
+        blurred = draws.blur.nonzero().flatten() if self.blurs else draws.blur.new_empty(0, dtype=torch.int64)
+        packed = colour_kernels.pack(draws.factors, draws.positions, draws.grayscale, solarize, blurred)
         parameters = to_device(packed, images.device)
-        if not self.blurs:
-            colour_kernels.augment(images, parameters, self.scale, self.shift, output)
+        planes = torch.empty((len(blurred), *output.shape[1:]), device=images.device) if len(blurred) else None
+        colour_kernels.augment(images, parameters, self.scale, self.shift, output, planes)
+        if planes is None:
             return
-        sigma, blur = to_device(draws.sigma, images.device), to_device(draws.blur, images.device)
-        for view in range(images.shape[1]):
-            rows = slice(view * len(images), (view + 1) * len(images))
-            planes = torch.empty((len(images), *output.shape[1:]), device=images.device)
-            colour_kernels.jitter(images[:, view : view + 1], parameters[rows], planes)
-            blur_(planes, sigma[rows], blur[rows], self.bands)
-            colour_kernels.finish(planes, parameters[rows], self.scale, self.shift, output[rows])
+        sigma, rows = (to_device(drawn, images.device) for drawn in (draws.sigma[blurred], blurred))
+        for part, own in zip(planes.split(BLURRED_AT_ONCE), sigma.split(BLURRED_AT_ONCE), strict=True):
+            blur_(part, own, own > 0, self.bands)
+        colour_kernels.finish(planes, rows, parameters, self.scale, self.shift, output)
 
     @torch.compiler.disable
     def _augment_on_cpu(self, images: torch.Tensor, indices: torch.Tensor, epoch: int, output: torch.Tensor) -> None:

@@ -2,8 +2,8 @@
 
 torch launches dozens of kernels a view, each of which reads and writes all images. Here a block of pixels goes through
 all operations of its image, in the image's own order, and is written once, normalised; only the mean grey value that
-contrast needs takes a pass of its own. Blur is torch's, between two kernels. All stays within 1e-4 of torchvision's on
-the same parameters, as in `varscale.data.compiled_colour`.
+contrast needs takes a pass of its own. Images to be blurred are set aside, for torch's matrix products, and finished by
+a second kernel. All stays within 1e-4 of torchvision's on the same parameters, as in `varscale.data.compiled_colour`.
 """
 
 import torch
@@ -12,59 +12,58 @@ import triton.language as tl
 from torch import Tensor
 
 from varscale.data.colour import LUMA, SMALLEST_CHROMA
+from varscale.triton_launch import launch
 
-PIXELS = 1024  # of an image, that a program holds at a time
-WARPS = 8
+PIXELS, WARPS = 1024, 8  # of an image, that a program holds at a time, and how many warps share them
 
 _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = (tl.constexpr(operation) for operation in range(4))
 _RED, _GREEN, _BLUE = (tl.constexpr(weight) for weight in LUMA)
 _CHROMA = tl.constexpr(SMALLEST_CHROMA)
 _LEVEL = tl.constexpr(1 / 255)
 # Columns of the parameters, one row for each image of each view.
-_FACTORS, _ORDER, _BEFORE_CONTRAST, _GRAYSCALE, _SOLARIZE = (tl.constexpr(column) for column in (0, 4, 8, 9, 10))
-_COLUMNS = tl.constexpr(11)
+_FACTORS, _ORDER, _BEFORE_CONTRAST, _GRAYSCALE, _SOLARIZE, _PLACE = (
+    tl.constexpr(column) for column in (0, 4, 8, 9, 10, 11)
+)
+_COLUMNS = tl.constexpr(12)
 
 
-def pack(factors: Tensor, positions: Tensor, grayscale: Tensor, solarize: Tensor) -> Tensor:
-    """The kernels' parameters, (M, 11) float32. factors, positions: (M, 4), as `varscale.data.colour.jitter_` takes
-    them. grayscale: (M,) bool. solarize: (M,) float, thresholds."""
-    columns = (factors, positions.argsort(1), positions[:, 1:2], grayscale[:, None], solarize[:, None])
+def pack(factors: Tensor, positions: Tensor, grayscale: Tensor, solarize: Tensor, blurred: Tensor) -> Tensor:
+    """The kernels' parameters, (M, 12) float32. factors, positions: (M, 4), as `varscale.data.colour.jitter_` takes
+    them. grayscale: (M,) bool. solarize: (M,) float, thresholds. blurred: (B,) int64, the rows to be set aside."""
+    place = torch.full((len(factors), 1), -1.0)
+    place[blurred, 0] = torch.arange(len(blurred), dtype=torch.float32)
+    columns = (factors, positions.argsort(1), positions[:, 1:2], grayscale[:, None], solarize[:, None], place)
     return torch.cat([column.to(torch.float32) for column in columns], 1)
 
 
-def augment(images: Tensor, parameters: Tensor, scale: Tensor, shift: Tensor, output: Tensor) -> None:
+def augment(
+    images: Tensor, parameters: Tensor, scale: Tensor, shift: Tensor, output: Tensor, planes: Tensor | None = None
+) -> None:
     """Colour jitter, grayscale, solarise and normalise.
 
-    images: (N, V, H, W, 3) uint8, the pixels of each image contiguous. parameters: (V * N, 11), see `pack`. scale,
-    shift: 3 float32. output: (V * N, 3, H, W) in channels-last layout, written: value x scale + shift.
+    images: (N, V, H, W, 3) uint8, the pixels of each image contiguous. parameters: (V * N, 12), see `pack`. scale,
+    shift: 3 float32. output: (V * N, 3, H, W) in channels-last layout, written: value x scale + shift. planes:
+    (B, 3, H, W) float32, contiguous, takes the rows set aside, after the jitter; None where there are none.
     """
-    _launch(images, parameters, scale, shift, output, finish=True)
-
-
-def jitter(images: Tensor, parameters: Tensor, planes: Tensor) -> None:
-    """Colour jitter alone, into `planes: (V * N, 3, H, W)` float32, contiguous; otherwise as `augment`."""
-    _launch(images, parameters, planes, planes, planes, finish=False)
-
-
-def finish(planes: Tensor, parameters: Tensor, scale: Tensor, shift: Tensor, output: Tensor) -> None:
-    """What `augment` does behind the jitter, from `planes` as `jitter` writes them."""
-    pixels = planes.shape[2] * planes.shape[3]
-    grid = len(planes), triton.cdiv(pixels, PIXELS)
-    _finish_planes[grid](planes, parameters, scale, shift, output, pixels, PIXELS, num_warps=WARPS)
-
-
-def _launch(images: Tensor, parameters: Tensor, scale: Tensor, shift: Tensor, output: Tensor, *, finish: bool) -> None:
     count, views, height, width, _ = images.shape
-    _jitter_images[(views * count,)](
-        images, parameters, scale, shift, output, *images.stride()[:2], count, height * width, finish, PIXELS,
-        num_warps=WARPS,
+    launch(_augment_images, (views * count,))(
+        images, parameters, scale, shift, output, planes, *images.stride()[:2], count, height * width,
+        planes is not None, PIXELS, num_warps=WARPS,
     )  # fmt: skip
 
 
+def finish(planes: Tensor, rows: Tensor, parameters: Tensor, scale: Tensor, shift: Tensor, output: Tensor) -> None:
+    """What `augment` does behind the jitter, for what it has set aside. rows: (B,) int64, of parameters and output."""
+    pixels = planes.shape[2] * planes.shape[3]
+    launch(_finish_planes, (len(planes), triton.cdiv(pixels, PIXELS)))(
+        planes, rows, parameters, scale, shift, output, pixels, PIXELS, num_warps=WARPS
+    )
+
+
 @triton.jit
-def _jitter_images(
-    images, parameters, scale, shift, output, image_stride, view_stride, count, pixels, FINISH: tl.constexpr,
-    PIXELS: tl.constexpr,
+def _augment_images(
+    images, parameters, scale, shift, output, planes, image_stride, view_stride, count, pixels,
+    SETS_ASIDE: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     image = images + (row % count).to(tl.int64) * image_stride + (row // count).to(tl.int64) * view_stride
@@ -80,29 +79,33 @@ def _jitter_images(
             red, green, blue = _jitter(red, green, blue, parameters, before, 0.0)
             sums += tl.where(pixel < pixels, _grey(red, green, blue), 0.0)
         mean = tl.sum(sums) / pixels
+    place = -1
+    if SETS_ASIDE:
+        place = tl.load(parameters + _PLACE).to(tl.int32)
+        planes += tl.maximum(place, 0).to(tl.int64) * 3 * pixels
     for start in range(0, pixels, PIXELS):
         pixel = start + tl.arange(0, PIXELS)
         inside = pixel < pixels
         red, green, blue = _load(image, pixel, inside)
         red, green, blue = _jitter(red, green, blue, parameters, 4, mean)
-        if FINISH:
+        if place < 0:
             _finish(red, green, blue, parameters, scale, shift, output, pixel, inside)
-        else:
-            tl.store(output + pixel, red, inside)
-            tl.store(output + pixels + pixel, green, inside)
-            tl.store(output + 2 * pixels + pixel, blue, inside)
+        elif SETS_ASIDE:
+            tl.store(planes + pixel, red, inside)
+            tl.store(planes + pixels + pixel, green, inside)
+            tl.store(planes + 2 * pixels + pixel, blue, inside)
 
 
 @triton.jit
-def _finish_planes(planes, parameters, scale, shift, output, pixels, PIXELS: tl.constexpr):
-    row = tl.program_id(0)
+def _finish_planes(planes, rows, parameters, scale, shift, output, pixels, PIXELS: tl.constexpr):
+    row = tl.load(rows + tl.program_id(0))
     pixel = tl.program_id(1) * PIXELS + tl.arange(0, PIXELS)
     inside = pixel < pixels
-    planes += row.to(tl.int64) * 3 * pixels
+    planes += tl.program_id(0).to(tl.int64) * 3 * pixels
     red = tl.load(planes + pixel, inside, 0.0)
     green = tl.load(planes + pixels + pixel, inside, 0.0)
     blue = tl.load(planes + 2 * pixels + pixel, inside, 0.0)
-    output += row.to(tl.int64) * 3 * pixels
+    output += row * 3 * pixels
     _finish(red, green, blue, parameters + row * _COLUMNS, scale, shift, output, pixel, inside)
 
 

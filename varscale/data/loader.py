@@ -234,6 +234,9 @@ def memory_needed(
 
     `batches_ahead` batches of views, the one that is handed over and the one that the consumer still holds; for every
     worker the largest image, decoded, and its record, together `image_bytes`; 56 bytes for every sample of the file.
+    Where there is a GPU batches are pinned, and torch takes the next power of two for each.
     """
-    views = sum(crop.size**2 * 3 for crop in crops)
-    return (batches_ahead + 2) * batch_size * views + workers * image_bytes + samples * BYTES_PER_SAMPLE
+    batch = batch_size * sum(crop.size**2 * 3 for crop in crops)
+    if torch.cuda.is_available():
+        batch = 1 << (batch - 1).bit_length()
+    return (batches_ahead + 2) * batch + workers * image_bytes + samples * BYTES_PER_SAMPLE

@@ -87,7 +87,7 @@ class BadSteps:
             "terms": [
                 [name for name, value in part.items() if not bool(value.isfinite().all())] for part in step.terms
             ],
-            "samples": [batch.indices.tolist() for batch in step.micro_batches],
+            "samples": [indices.tolist() for indices in step.indices],
         }
         everyone = gather_objects(mine)
         names = sorted({name for rank in everyone for part in rank["terms"] for name in part}) or ["gradient"]

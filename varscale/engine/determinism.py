@@ -20,3 +20,5 @@ def use_deterministic_kernels(wanted: bool) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as cuBLAS asks for
     torch.backends.cudnn.benchmark = not wanted
     torch.use_deterministic_algorithms(wanted)
+    # Nothing reads memory before it is written; to fill all of it with NaN first would be one more pass over each map.
+    torch.utils.deterministic.fill_uninitialized_memory = False

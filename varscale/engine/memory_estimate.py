@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from varscale.config import BatchSizes, Config, zero_stage
 from varscale.engine.learners import Learner, MicroBatch
+from varscale.triton_launch import can_launch
 
 STATES = {"sgd": 1, "lars": 1, "adamw": 2}  # float32 tensors an optimizer keeps per parameter
 BUCKET = 500_000_000  # elements: DeepSpeed's own reduce_bucket_size
@@ -81,6 +82,7 @@ def simulated_peak(config: Config, sizes: BatchSizes, learner: Learner, *, keeps
     keeps_gradients: or each parameter's is given away as soon as it is complete, as under ZeRO-2 and 3.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"  # the kernels of this machine: they keep different things
+    can_launch()  # which fake tensors could not answer
     mode, live = FakeTensorMode(), _LiveBytes()
     learner = _without_memory(learner, mode, device)
     with mode:

@@ -13,7 +13,8 @@ from varscale.engine.state import TrainState
 class TakenStep:
     """An optimizer step, from the moment it was handed to the device.
 
-    state: where the run stands behind it. terms, micro_batches: one of each for every micro-batch.
+    state: where the run stands behind it. terms, micro_batches: one of each for every micro-batch, of which what they
+        logged and the samples' numbers are kept: the next step needs the memory of views and graphs.
     gradient_norm: (), on the device.
     """
 
@@ -27,9 +28,10 @@ class TakenStep:
         gradient_norm: Tensor,
     ) -> None:
         self.number, self.samples_seen, self.lr = state.step, state.samples_seen, lr
-        self.terms, self.micro_batches = terms, micro_batches
+        self.terms = [{name: value.detach() for name, value in part.items()} for part in terms]
+        self.indices = [batch.indices for batch in micro_batches]
         self.is_bad: bool | None = None  # None until the ranks have agreed
-        finite = torch.stack([part["loss"].detach() for part in terms]).isfinite().all()
+        finite = torch.stack([part["loss"] for part in self.terms]).isfinite().all()
         self._health = HostCopy(torch.stack([gradient_norm.to(finite.device).double(), finite.double()]))
 
     @property

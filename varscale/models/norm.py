@@ -1,7 +1,5 @@
 """Batch normalisation over the union of all ranks' batches, on any device and process-group backend."""
 
-import functools
-import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from varscale.triton_launch import can_launch
 
 # Values of a map from which on `norm_kernels` is used on one GPU: it saves five readings or writings of the map, and
 # costs the host 0.4 ms more for a layer's two passes (measured with ResNet-50 on an H100: benchmarks/gpu.md).
@@ -200,16 +200,11 @@ def _follow(output: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
 
 def _fuses(input: Tensor, weight: Tensor | None, over_ranks: bool) -> bool:
     """Whether `norm_kernels` is faster: on a GPU, where it saves more than its launches cost."""
-    if not input.is_cuda or input.numel() < (0 if over_ranks else LARGE) or not _has_triton():
+    if not input.is_cuda or input.numel() < (0 if over_ranks else LARGE) or not can_launch():
         return False
     from varscale.models.norm_kernels import fits
 
     return fits(input, weight)
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def convert_batch_norm(module: nn.Module) -> nn.Module:

@@ -14,6 +14,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from varscale.triton_launch import launch
+
 ROWS, CHANNELS = 64, 64  # of the tile that a program holds: 128 bytes of a row in bfloat16
 PROGRAMS = 2048  # that share a map when it is summed: enough for every multiprocessor
 TILES = 8  # that a program writes, with the same channels
@@ -59,7 +61,7 @@ class _FusedNorm(torch.autograd.Function):
         mean, invstd = torch.empty_like(weight), torch.empty_like(weight)
         running_mean, running_var, momentum = running or (mean, mean, 0.0)  # of which nothing is read
         rows, channels = _size(inputs)
-        _normalise[_tiles(rows, channels)](
+        launch(_normalise, _tiles(rows, channels))(
             inputs, residual, output, weight, bias, sums, mean, invstd, running_mean, running_var, momentum, eps,
             rows, channels, residual is not None, relu, running is not None, ROWS, CHANNELS, TILES,
         )  # fmt: skip
@@ -76,19 +78,19 @@ class _FusedNorm(torch.autograd.Function):
         # Behind the ReLU, which is also the gradient of the residual: then it is kept, or else computed twice.
         grad_sum = None if output is None else torch.empty_like(grad_output)
         partial, programs = _room(inputs, rows, channels)
-        _sum_gradients[_blocks(channels), programs](
+        launch(_sum_gradients, (_blocks(channels), programs))(
             grad_output, inputs, output, grad_sum, weight, bias, mean, invstd, partial, rows, channels,
             output is not None, ctx.relu, ROWS, CHANNELS,
         )  # fmt: skip
         grads = torch.empty(2 * channels, dtype=torch.float64, device=inputs.device)
         grad_weight, grad_bias = torch.empty_like(weight), torch.empty_like(bias)
-        _combine_gradients[(_blocks(channels),)](
+        launch(_combine_gradients, (_blocks(channels),))(
             partial, invstd, grads, grad_weight, grad_bias, programs, channels, CHANNELS
         )
         if ctx.over_ranks:
             dist.all_reduce(grads)
         grad_inputs = torch.empty_like(inputs)
-        _pass_back[_tiles(rows, channels)](
+        launch(_pass_back, _tiles(rows, channels))(
             grad_output if grad_sum is None else grad_sum, inputs, grad_inputs, weight, bias, mean, invstd, sums, grads,
             rows, channels, ctx.relu and grad_sum is None, ROWS, CHANNELS, TILES,
         )  # fmt: skip
@@ -99,9 +101,9 @@ def _statistics(inputs: Tensor) -> Tensor:
     """This rank's (n mean, n (var + mean^2), n): (2C + 1,) in float64."""
     rows, channels = _size(inputs)
     partial, programs = _room(inputs, rows, channels)
-    _sum_inputs[_blocks(channels), programs](inputs, partial, rows, channels, ROWS, CHANNELS)
+    launch(_sum_inputs, (_blocks(channels), programs))(inputs, partial, rows, channels, ROWS, CHANNELS)
     sums = torch.empty(2 * channels + 1, dtype=torch.float64, device=inputs.device)
-    _combine_statistics[(_blocks(channels),)](inputs, partial, sums, programs, rows, channels, CHANNELS)
+    launch(_combine_statistics, (_blocks(channels),))(inputs, partial, sums, programs, rows, channels, CHANNELS)
     return sums
 
 

@@ -47,9 +47,7 @@ class MomentumTeacher(nn.Module):
         targets, sources = _matched(self.network.named_parameters(), student.named_parameters(), part)
         moving_average_(targets, sources, momentum)
         targets, sources = _matched(self.network.named_buffers(), student.named_buffers())
-        if targets:
-            with torch.no_grad():
-                torch._foreach_copy_(targets, sources)
+        copy_(targets, sources)
 
 
 @torch.no_grad()
@@ -61,6 +59,14 @@ def moving_average_(targets: Sequence[Tensor], sources: Sequence[Tensor], moment
     if not 0 <= momentum <= 1:
         raise ValueError(f"momentum is {momentum}, expected a number from 0 to 1")
     torch._foreach_lerp_(list(targets), list(sources), 1 - momentum)
+
+
+@torch.no_grad()
+def copy_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """target <- source; in one launch on a GPU for all of one type, among which batch norm's counters are not."""
+    for dtype in {target.dtype for target in targets}:
+        pairs = [pair for pair in zip(targets, sources, strict=True) if pair[0].dtype == dtype]
+        torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
 
 
 def _matched(
