@@ -13,7 +13,7 @@ and a hop for each doubling of W. Reading data and augmentation are taken to kee
 import argparse
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,6 +43,9 @@ class Machine(NamedTuple):
     """What every collective costs, however small, in microseconds."""
     hop_us: float = 5.0
     """What it costs more for each doubling of the number of ranks, in microseconds."""
+    host_us: float = 720.0
+    """What the host takes to launch a batch normalisation over ranks, forward or backward, and what lies around it:
+    measured with ResNet-50 on an H100 (benchmarks/gpu.md)."""
 
     def seconds(self, message: Message, world_size: int) -> float:
         """The time of all calls of one kind of collective, nothing else going on."""
@@ -50,6 +53,10 @@ class Machine(NamedTuple):
         bandwidth = 1e9 * (self.link_gb if within_node else min(self.link_gb, self.network_gb))
         latency = 1e-6 * (self.start_us + self.hop_us * math.ceil(math.log2(world_size)))
         return message.sent(world_size) / bandwidth + message.calls * latency
+
+    def host_seconds(self, messages: Iterable[Message]) -> float:
+        """The time in which the host hands out a step of a network with batch normalisation; 0 without any."""
+        return 1e-6 * self.host_us * sum(message.calls for message in messages if "batch norm" in message.purpose)
 
     def compute_seconds(self, flops: dict[str, int]) -> float:
         return sum(flops.values()) / (1e12 * self.tflops * self.utilisation)
@@ -76,11 +83,13 @@ def main() -> None:
     options = parser.parse_intermixed_args()
     machine = Machine(**{name: getattr(options, name) for name in Machine._fields})
     print(", ".join(f"{name} {value:g}" for name, value in machine._asdict().items()), "\n")
-    heads = ["GPUs", "global batch", "micro x accumulation", "compute", *COLUMNS, "sum", "images/s", "of compute alone"]
+    heads = ["GPUs", "global batch", "micro x accumulation", "compute", *COLUMNS, "sum", "host", "images/s"]
+    heads.append("of compute alone")
     print("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
     for world_size in options.world_sizes:
         print(row(options, machine, world_size), flush=True)
-    print("\nTimes in milliseconds, one after the other; gradients may overlap with the backward pass.")
+    print("\nMilliseconds. The sum is the device's; the host works meanwhile, and the longer of both is the step.")
+    print("Gradients may overlap with the backward pass.")
 
 
 def row(options: argparse.Namespace, machine: Machine, world_size: int) -> str:
@@ -97,14 +106,15 @@ def row(options: argparse.Namespace, machine: Machine, world_size: int) -> str:
         sum(machine.seconds(message, world_size) for message in messages if belongs(message.purpose))
         for belongs in COLUMNS.values()
     ]
-    total = compute + sum(times)
+    total, host = compute + sum(times), machine.host_seconds(messages)
+    step = max(total, host)
     cells = [
         str(world_size),
         str(sizes.global_batch_size),
         f"{sizes.micro_batch_size} x {sizes.gradient_accumulation_steps}",
-        *(f"{1e3 * seconds:.2f}" for seconds in (compute, *times, total)),
-        f"{sizes.global_batch_size / total:,.0f}",
-        f"{compute / total:.0%}",
+        *(f"{1e3 * seconds:.2f}" for seconds in (compute, *times, total, host)),
+        f"{sizes.global_batch_size / step:,.0f}",
+        f"{compute / step:.0%}",
     ]
     return "| " + " | ".join(cells) + " |"
 

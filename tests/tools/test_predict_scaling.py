@@ -18,6 +18,8 @@ def test_the_time_of_a_message_by_hand(predict):
     assert machine.seconds(reduction, 16) == pytest.approx(2 * 15 / 16 * 8e-3 + 2 * 30e-6)
     gathering = Message("parameters", "all_gather_into_tensor", 400_000_000, calls=1)
     assert machine.seconds(gathering, 8) == pytest.approx(3.5e-3 + 25e-6)
+    norms = [reduction._replace(purpose="batch norm, student"), reduction._replace(purpose="batch norm, teacher")]
+    assert machine._replace(host_us=100).host_seconds([reduction, *norms]) == pytest.approx(4e-4)
     assert machine.compute_seconds({"student": 989 * 10**12, "teacher": 989 * 10**12}) == pytest.approx(
         2 * 989 / (machine.tflops * machine.utilisation)
     )
@@ -37,6 +39,8 @@ def test_every_message_has_a_column_and_the_columns_add_up(predict, monkeypatch,
     rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert [row[:3] for row in rows[1:]] == [["2", "8", "2 x 2"], ["16", "64", "2 x 2"]]
     for row in rows[1:]:
-        *parts, total = map(float, row[3:9])
+        *parts, total, host = map(float, row[3:10])
+        assert (host > 0) == (parts[1] > 0)
+        assert float(row[10].replace(",", "")) == pytest.approx(1e3 * int(row[1]) / max(total, host), rel=0.01)
         assert sum(parts) == pytest.approx(total, abs=0.04)
     assert sorted(timed) == sorted(made)
