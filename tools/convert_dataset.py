@@ -81,6 +81,8 @@ def parse_conversion(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--fresh", action="store_true", help="drop what an interrupted conversion has kept")
     parser.add_argument("--image-size", type=int, choices=DIGIT_SIZES, help="digits: side in pixels (default: 32)")
     parser.add_argument("--download-dir", metavar="DIR", type=Path, help="cifar10, cifar100: default ~/.cache/varscale")
+    few = "of each class only the first N images of train and M of val: a small data set to try things on"
+    parser.add_argument("--per-class", metavar="N,M", type=_two_numbers, help=few)
     return parser.parse_args(arguments)
 
 
@@ -127,6 +129,13 @@ def _whole(low: int, high: int) -> Callable[[str], int]:
         return int(text)
 
     return whole
+
+
+def _two_numbers(text: str) -> tuple[int, int]:
+    parts = text.split(",")
+    if len(parts) != 2 or not all(part.isdecimal() and int(part) for part in parts):
+        raise argparse.ArgumentTypeError(f"'{text}' is not two whole numbers above 0, as in 1000,500")
+    return int(parts[0]), int(parts[1])
 
 
 def show(conversion: Conversion) -> None:
@@ -177,7 +186,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run_conversion(options: argparse.Namespace) -> int:
     check_directory(options.out_dir, overwrite=options.overwrite)
-    source = open_source(options.source, image_size=options.image_size, download_dir=options.download_dir)
+    where = {"image_size": options.image_size, "download_dir": options.download_dir}
+    source = open_source(options.source, **where, per_class=options.per_class)
     for note in source.notes:
         print(f"note: {note}", file=sys.stderr)
     conversion = convert(

@@ -16,30 +16,33 @@ the page is the report of all these runs. Experiments that only measure somethin
 import argparse
 import difflib
 import os
-import statistics
 import subprocess
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import yaml
+from experiment_tables import Values, draw, table
 
-from varscale.config import Config, load_config, to_yaml
+from varscale.config import Config, load_config, parse_section, to_yaml
 from varscale.data.dataset import read_dataset_info
 from varscale.engine.manifest import refuse_another_run
-from varscale.engine.rundir import latest_checkpoint, read_manifest, read_results
+from varscale.engine.rundir import find_checkpoint, find_checkpoints, latest_checkpoint, read_manifest, read_results
 from varscale.errors import UserError
 from varscale.files import replace_text
 
 ROOT = Path(__file__).resolve().parents[1]
 LISTS = Path(__file__).with_name("experiments.yaml")
-SCALES = ("digits", "smoke", "cifar", "imagenet")
+SCALES = ("digits", "smoke", "cifar10", "cifar", "imagenet")
+CHOICES = {"k", "percent", "shots", "methods"}  # settings of evaluators that only say which metrics there are
+BAD_STEP, START_AGAIN = 3, (75, 130)  # exit codes of train.py
+OPTION_OF = {"seed": "--seeds", "data.dir": "--data", "output_dir": "--out"}
 
 Columns = dict[str, tuple[str, str]]  # title -> evaluator and its metric
-Values = dict[str, list[float]]  # title of a column -> one value a seed
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,21 @@ class Trial:
     config: Config
 
 
+@dataclass(frozen=True)
+class Measures:
+    """What an experiment measures: its columns, settings of their evaluators as `evaluate` takes them, and whether of
+    every checkpoint that a run has kept."""
+
+    columns: Columns
+    settings: list[str]
+    of_every_checkpoint: bool = False
+
+    @classmethod
+    def of(cls, experiment: dict, scale: str) -> Self:
+        settings = experiment.get("settings", [])
+        return cls(experiment["columns"], _at_scale(settings, scale), experiment.get("of_every_checkpoint", False))
+
+
 def main(arguments: list[str] | None = None) -> int:
     options, passed_on = parse_arguments(arguments)
     try:
@@ -58,20 +76,20 @@ def main(arguments: list[str] | None = None) -> int:
             print(catalogue(lists["experiments"]))
             return 0
         experiment = chosen(lists["experiments"], options.name)
-        columns: Columns = experiment.get("columns", lists["columns"])
         scale = lists["scales"][options.scale]
         trials = plan(experiment, scale, options)
+        measures = Measures.of(experiment | {"columns": experiment.get("columns", lists["columns"])}, options.scale)
         runs = folder_of(experiment["runs_of"], options)
+        check_data(trials[0].config.data.dir, scale)
         if options.submit:
             return submit(trials, runs, passed_on)
         refuse_while_submitted(trials, runs)
         for number, trial in enumerate(trials, start=1):
             print(f"\n== {number} of {len(trials)}: {trial.config.output_dir} ==", flush=True)
-            if not is_finished(trial.config):
-                train(trial.config, runs)
-            measure(trial.config.output_dir, columns)
-        measured = all_measured(experiment, scale, options, columns)
-        show(experiment["question"], columns, measured, folder_of(options.name, options))
+            if is_finished(trial.config) or train(trial.config, runs):
+                measure(trial.config.output_dir, measures)
+        measured = all_measured(experiment, scale, options, measures)
+        show(experiment["question"], measures, measured, folder_of(options.name, options))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -127,11 +145,29 @@ def plan(experiment: dict, scale: dict, options: argparse.Namespace) -> list[Tri
         objective = next((text.partition("=")[2] for text in overrides if text.startswith("objective=")), None)
         recipe = scale["recipe"].format(objective=objective or experiment["objective"])
         own = [text for text in overrides if not text.startswith("objective=")]
+        check_set(options.set, label, own)
+        of_all_runs = [*scale["overrides"], *experiment.get("overrides", {}).get(options.scale, [])]
         for seed in range(options.seeds):
             run = folder_of(experiment["runs_of"], options) / f"{_as_file_name(label)}-seed{seed}"
             last = [f"seed={seed}", f"data.dir={options.data or scale['data']}", f"output_dir={run}"]
-            trials.append(Trial(label, load_config(recipe, [*scale["overrides"], *own, *options.set, *last])))
+            trials.append(Trial(label, load_config(recipe, [*of_all_runs, *own, *options.set, *last])))
     return trials
+
+
+def check_set(given: list[str], label: str, own: list[str]) -> None:
+    """Raises UserError where an override of all runs would undo what one of them varies, or what an option is for."""
+    for key in (text.partition("=")[0] for text in given):
+        if key in OPTION_OF:
+            raise UserError(f"--set {key}=...: use {OPTION_OF[key]}")
+        if key in (text.partition("=")[0] for text in own):
+            raise UserError(f"--set {key}=...: the run {label!r} varies it itself; leave that run out by --only")
+
+
+def check_data(folder: Path, scale: dict) -> None:
+    """Raises UserError where there is no data set, with the command that makes the scale's."""
+    if not (folder / "dataset.json").is_file():
+        made = f"python tools/convert_dataset.py {scale['source']} {scale['data']}"
+        raise UserError(f"{folder}: no data set; {made} makes this scale's, --data DIR names another")
 
 
 def variants(experiment: dict, scale: str) -> dict[str, list[str]]:
@@ -155,10 +191,18 @@ def _as_file_name(label: str) -> str:
     return "".join(letter if letter.isalnum() or letter in ".-_" else "_" for letter in label)
 
 
-def train(config: Config, folder: Path) -> None:
-    """Train a run to its end, from where it stands. Raises UserError where it fails."""
+def train(config: Config, folder: Path) -> bool:
+    """Train a run to its end, from where it stands; whether it got there: some settings of a sweep lead to a loss that
+    is not finite, and such a run is left out. Raises UserError where it fails otherwise."""
     path = write_config(config, folder)
-    _run(str(ROOT / "varscale/train.py"), "--config", str(path), "--resume", "auto")
+    code = _code_of(str(ROOT / "varscale/train.py"), "--config", str(path), "--resume", "auto")
+    if code == BAD_STEP:
+        print(f"{config.output_dir} is left out: it was stopped by a bad step (above)", file=sys.stderr)
+        return False
+    if code:
+        again = "; the same command goes on" if code in START_AGAIN or code < 0 else ""
+        raise UserError(f"{config.output_dir}: training ended with exit code {code}{again}")
+    return True
 
 
 def is_finished(config: Config) -> bool:
@@ -186,28 +230,48 @@ def write_config(config: Config, folder: Path) -> Path:
     return path
 
 
-def measure(run: Path, columns: Columns) -> None:
-    """What the columns tell of the newest checkpoint, unless it is known. Raises UserError where that fails."""
-    if missing := not_measured(run, columns):
-        _run("-m", "varscale.evaluate", "--checkpoint", str(run), *missing)
+def measure(run: Path, measures: Measures) -> None:
+    """What the columns tell of a run's checkpoints, unless it is known. Raises UserError where that fails."""
+    places = reversed(find_checkpoints(run)) if measures.of_every_checkpoint else [run]
+    for place in places:
+        if missing := not_measured(place, measures):
+            settings = [text for text in measures.settings if text.partition(".")[0] in missing]
+            if code := _code_of("-m", "varscale.evaluate", "--checkpoint", str(place), *missing, *settings):
+                raise UserError(f"{place}: evaluation ended with exit code {code}; the same command goes on")
 
 
-def not_measured(run: Path, columns: Columns) -> list[str]:
+def not_measured(place: Path, measures: Measures) -> list[str]:
     """The evaluators of which a column's metric is not known, though others of theirs may be, as with `knn.k=[5]`."""
-    found = results(run)
-    return list(dict.fromkeys(name for name, metric in columns.values() if metric not in found.get(name, {})))
+    found = results(place, measures.settings)
+    columns = measures.columns.values()
+    return list(
+        dict.fromkeys(name for name, metric in columns if metric not in found.get(name, {"metrics": {}})["metrics"])
+    )
 
 
-def results(run: Path) -> dict[str, dict[str, float]]:
-    """What was measured of the newest checkpoint's encoder on the data it was trained on, by evaluator."""
+def results(place: Path, settings: list[str]) -> dict[str, dict]:
+    """By evaluator, the records of a checkpoint's (a run's newest) encoder: in float32, with these settings and
+    otherwise the default ones, on the data it was trained on; only `transfer` is on other data."""
+    from varscale.evaluation import Settings
+
+    wanted = parse_section(Settings, {}, "settings", settings).model_dump(mode="json")
     try:
-        own = "trained", read_manifest(run)["data_digest"]
-        return {r["evaluator"]: r["metrics"] for r in read_results(run) if (r["model"], r["data"]["digest"]) == own}
+        digest = read_manifest(find_checkpoint(place)[0])["data_digest"]
+        records = read_results(place)
     except UserError:  # not measured yet
         return {}
+    found = {}
+    for record in records:
+        name, precision = record["evaluator"], record.get("precision", "float32")
+        asked = {key: value for key, value in wanted.get(name, {}).items() if key not in CHOICES}
+        is_so = all(record["settings"].get(key, value) == value for key, value in asked.items())
+        on_its_data = record["data"]["digest"] == digest or name == "transfer"
+        if record["model"] == "trained" and precision == "float32" and is_so and on_its_data:
+            found[name] = record
+    return found
 
 
-def all_measured(experiment: dict, scale: dict, options: argparse.Namespace, columns: Columns) -> list[Trial]:
+def all_measured(experiment: dict, scale: dict, options: argparse.Namespace, measures: Measures) -> list[Trial]:
     """Those of an experiment's runs, of any name and seed, that were made with these settings and measured."""
     runs = folder_of(experiment["runs_of"], options).glob("*-seed[0-9]*")
     seeds = [int(run.name.rpartition("-seed")[2]) + 1 for run in runs]
@@ -216,7 +280,7 @@ def all_measured(experiment: dict, scale: dict, options: argparse.Namespace, col
         one = argparse.Namespace(**vars(options) | {"only": [label], "seeds": max(seeds, default=1)})
         with suppress(UserError):  # overrides for some of the runs need not fit the others
             trials += plan(experiment, scale, one)
-    return [one for one in trials if _is_made(one.config) and not not_measured(one.config.output_dir, columns)]
+    return [one for one in trials if _is_made(one.config) and not not_measured(one.config.output_dir, measures)]
 
 
 def _is_made(config: Config) -> bool:
@@ -243,12 +307,10 @@ def refuse_while_submitted(trials: list[Trial], folder: Path) -> None:
             )
 
 
-def _run(*arguments: str) -> None:
-    """A program of this checkout, in the folder from which relative paths were given."""
+def _code_of(*arguments: str) -> int:
+    """Run a program of this checkout in the folder from which relative paths were given; its exit code."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run([sys.executable, *arguments], env=os.environ | {"PYTHONPATH": path})
-    if done.returncode:
-        raise UserError(f"{' '.join(arguments)} ended with exit code {done.returncode}; the same command goes on")
+    return subprocess.run([sys.executable, *arguments], env=os.environ | {"PYTHONPATH": path}).returncode
 
 
 def submit(trials: list[Trial], folder: Path, options: list[str]) -> int:
@@ -257,75 +319,25 @@ def submit(trials: list[Trial], folder: Path, options: list[str]) -> int:
     return subprocess.run([sys.executable, str(ROOT / "slurm/submit.py"), *configs, *options]).returncode
 
 
-def show(question: str, columns: Columns, trials: list[Trial], folder: Path) -> None:
+def show(question: str, measures: Measures, trials: list[Trial], folder: Path) -> None:
     """Print the table, and write it, its picture and the report of all runs into the experiment's folder."""
+    if not trials:
+        raise UserError("no run came to its end: there is nothing to show")
     found: dict[str, Values] = {}
+    units = {}
     for trial in trials:
-        measured = results(trial.config.output_dir)
-        for column, (evaluator, metric) in columns.items():
-            found.setdefault(trial.label, {}).setdefault(column, []).append(measured[evaluator][metric])
+        measured = results(trial.config.output_dir, measures.settings)
+        for column, (evaluator, metric) in measures.columns.items():
+            found.setdefault(trial.label, {}).setdefault(column, []).append(measured[evaluator]["metrics"][metric])
+            units[column] = measured[evaluator]["units"].get(metric, "%")
     folder.mkdir(parents=True, exist_ok=True)
-    _run("-m", "varscale.report", *(str(one.config.output_dir) for one in trials), "--out", str(folder / "report"))
-    text = table(question, found, trials[0].config)
+    runs = [str(one.config.output_dir) for one in trials]
+    if code := _code_of("-m", "varscale.report", *runs, "--out", str(folder / "report")):
+        raise UserError(f"varscale.report ended with exit code {code}")
+    text = table(question, found, units, [trial.config for trial in trials])
     replace_text(folder / "table.md", text)
-    draw(question, found, folder / "plot.png")
+    draw(question, found, units, folder / "plot.png")
     print(f"\n{text}\nwritten to {folder / 'table.md'} and {folder / 'plot.png'}; page {folder / 'report/index.html'}")
-
-
-def table(question: str, found: dict[str, Values], config: Config) -> str:
-    """Markdown: a row a variant, with several seeds mean and 95 % interval of the mean."""
-    seeds = {label: len(next(iter(values.values()))) for label, values in found.items()}
-    fewest, most = min(seeds.values()), max(seeds.values())
-    number = most if fewest == most else f"{fewest} to {most}"
-    of_seeds = f"mean of {number} seeds and 95 % interval of the mean" if most > 1 else f"seed {config.seed}"
-    lines = [
-        f"{question}\n\nOn held-out images of {config.data.dir.name}; {config.encoder.name}, "
-        f"{config.schedule.epochs} epochs unless the row says otherwise; {of_seeds}.\n",
-        "| | " + " | ".join(next(iter(found.values()))) + " |",
-        "|---" * (1 + len(next(iter(found.values())))) + "|",
-    ]
-    for label, values in found.items():
-        cells = [cell(column) for column in values.values()]
-        name = label if fewest == most else f"{label} (seeds: {seeds[label]})"
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def cell(values: list[float]) -> str:
-    """The mean, with its interval where there are several seeds."""
-    mean, half = interval(values)
-    return f"{mean:.2f} ± {half:.2f}" if len(values) > 1 else f"{mean:.2f}"
-
-
-def interval(values: list[float]) -> tuple[float, float]:
-    """Mean and half the width of its 95 % interval (Student's t); half a width of 0 for one value."""
-    from scipy.stats import t
-
-    if len(values) == 1:
-        return values[0], 0.0
-    half = t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
-    return statistics.mean(values), float(half)
-
-
-def draw(question: str, found: dict[str, Values], path: Path) -> None:
-    """A point a variant and column, with its interval."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(max(5.0, 1.1 * len(found) + 2), 3.6), layout="constrained")
-    for number, column in enumerate(next(iter(found.values()))):
-        means, halves = zip(*(interval(values[column]) for values in found.values()), strict=True)
-        places = [place + 0.12 * (number - 0.5) for place in range(len(found))]
-        axis.errorbar(places, means, yerr=halves, fmt="o", capsize=3, label=column)
-    axis.set_xticks(range(len(found)), found, rotation=20, ha="right")
-    axis.set(title=question)
-    axis.title.set_fontsize("medium")
-    axis.grid(axis="y", alpha=0.3)
-    axis.legend()
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
 
 
 if __name__ == "__main__":

@@ -85,6 +85,7 @@ def test_help_tells_how_images_are_stored(tmp_path):
         (["digits", "out", "--image-size", "24"], "argument --image-size: invalid choice: 24"),
         (["digits", "out", "--jpeg-quality", "101"], "argument --jpeg-quality: '101' is not a whole number from 1 to"),
         (["digits", "out", "--max-resolution", "0"], "argument --max-resolution: '0' is not a whole number from 1 to"),
+        (["digits", "out", "--per-class", "3"], "argument --per-class: '3' is not two whole numbers above 0, as in"),
         (["digits", "out", "--workers", "two"], "argument --workers: 'two' is not a whole number"),
         (["digits", "out", "--skipbad"], "unrecognized arguments: --skipbad"),
         (["npz:none.npz", "out"], r"cannot read none\.npz: No such file or directory"),

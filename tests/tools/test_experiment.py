@@ -7,14 +7,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import experiment_tables
 import made_runs
 import pytest
 import yaml
+from PIL import Image
 
 from varscale.cluster.submission import Run, Submission
+from varscale.config import load_config
 from varscale.data.dataset import read_dataset_info
 from varscale.engine.checkpoints import write_checkpoint
 from varscale.engine.manifest import write_manifest
+
+SCALES = ["digits", "smoke", "cifar10", "cifar", "imagenet"]
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +33,8 @@ def lists(experiment):
 
 
 @pytest.fixture(scope="module")
-def columns(lists):
-    return lists["columns"]
+def measures(experiment, lists):
+    return experiment.Measures(lists["columns"], [])
 
 
 @pytest.fixture(scope="module")
@@ -42,11 +47,9 @@ def options(**changes):
     return argparse.Namespace(**given | changes)
 
 
-@pytest.mark.parametrize("scale", ["digits", "smoke", "cifar", "imagenet"])
+@pytest.mark.parametrize("scale", SCALES)
 def test_every_run_of_every_experiment_has_a_valid_configuration_of_its_own(experiment, lists, chosen, scale):
     for name, content in ((name, chosen(name)) for name in lists["experiments"]):
-        if (name, scale) == ("batch-size", "imagenet"):
-            continue  # it has none there
         trials = experiment.plan(content, lists["scales"][scale], options(name=name, scale=scale, seeds=2))
         assert len(trials) >= 4, name
         whole = [json.dumps(trial.config.model_dump(mode="json", exclude={"output_dir"})) for trial in trials]
@@ -66,11 +69,11 @@ def test_what_an_experiment_says_goes_over_its_scale_and_what_a_person_says_over
 SHARED = ("data", "encoder", "optimizer", "schedule", "batch", "compute")
 
 
-@pytest.mark.parametrize("scale", ["digits", "smoke"])
+@pytest.mark.parametrize("scale", SCALES)
 def test_objectives_are_compared_with_one_schedule_and_optimizer(experiment, lists, chosen, scale):
     """A recipe's own would be for its rate: a warm-up that begins above the scale's ruins the first epoch."""
     trials = experiment.plan(chosen("compare"), lists["scales"][scale], options(name="compare", scale=scale))
-    own = {"views", "trust_coefficient", "clip_lr"}  # cross-entropy has one view; the others are LARS's
+    own = {"trust_coefficient", "clip_lr"} if scale != "imagenet" else set()  # LARS's, which is not used
     kept = [
         {name: section.model_dump(exclude=own) for name, section in trial.config if name in SHARED} for trial in trials
     ]
@@ -78,12 +81,31 @@ def test_objectives_are_compared_with_one_schedule_and_optimizer(experiment, lis
     assert not differing
 
 
-def test_interval_is_students(experiment):
+def test_interval_is_students():
     values = [1.0, 2.0, 4.0]
-    mean, half = experiment.interval(values)
+    mean, half = experiment_tables.interval(values)
     assert mean == pytest.approx(7 / 3)
     assert half == pytest.approx(4.302653 * statistics.stdev(values) / 3**0.5, rel=1e-6)  # t of 2 degrees, 97.5 %
-    assert experiment.interval([5.0]) == (5.0, 0.0)
+    assert experiment_tables.interval([5.0]) == (5.0, 0.0)
+
+
+def test_a_cell_is_in_its_unit_and_leaves_out_what_is_no_number():
+    assert experiment_tables.cell([50.0, 52.0, None]) == "51.00 ± 12.71"
+    assert experiment_tables.cell([0.98765], "") == "0.9877"
+    assert experiment_tables.cell([None]) == "-"
+
+
+def test_a_table_names_encoder_and_epochs_where_they_are_the_same():
+    one, other = load_config("digits-varcon", []), load_config("digits-varcon", ["schedule.epochs=3"])
+    found = {"a": {"kNN": [50.0]}, "b": {"kNN": [60.0]}}
+    assert "resnet18, 10 epochs;" in experiment_tables.table("?", found, {"kNN": "%"}, [one, one])
+    assert "resnet18, 3 to 10 epochs;" in experiment_tables.table("?", found, {"kNN": "%"}, [one, other])
+
+
+def test_columns_of_several_units_have_a_panel_each(tmp_path):
+    found = {"a": {"kNN": [50.0, 60.0], "margin": [0.2, None]}, "b": {"kNN": [60.0], "margin": [None]}}
+    experiment_tables.draw("?", found, {"kNN": "%", "margin": ""}, tmp_path / "plot.png")
+    assert Image.open(tmp_path / "plot.png").height > 600
 
 
 @pytest.mark.parametrize(
@@ -91,7 +113,12 @@ def test_interval_is_students(experiment):
     [
         (["temprature"], "unknown experiment 'temprature'"),
         (["temprature"], "nearest: temperature"),
-        (["batch-size", "--scale", "imagenet"], "no runs at --scale imagenet; choose from digits, smoke, cifar"),
+        (["temperature", "--set", "objective.temperature=1"], "the run '0.05' varies it itself; leave that run out by"),
+        (["temperature", "--set", "data.dir=data/mine"], "--set data.dir=...: use --data"),
+        (
+            ["compare", "--data", "nowhere"],
+            "nowhere: no data set; python tools/convert_dataset.py --per-class 1000,500",
+        ),
         (["epsilon", "--only", "0.02", "0.3"], "--only: no run is called 0.3; choose from 0.0, 0.01, 0.02, 0.05, 0.09"),
         (["epsilon", "--set", "optimizer.lrr=1"], "unknown key 'optimizer.lrr'; nearest: optimizer.lr"),
     ],
@@ -128,16 +155,44 @@ def test_without_a_name_they_are_listed(experiment, lists, capsys):
         assert content["question"] in shown
 
 
-def test_measured_is_what_the_table_shows_on_the_runs_own_data(experiment, columns, tmp_path):
+def test_measured_is_what_the_table_shows_on_the_runs_own_data(experiment, measures, tmp_path):
     run = made_runs.make_run(tmp_path / "a")
-    assert experiment.not_measured(run, columns) == ["knn", "linear_cached"]
+    assert experiment.not_measured(run, measures) == ["knn", "linear_cached"]
     own = [made_runs.record("knn", {"top1_k5": 70.0}), made_runs.record("linear_cached", {"top1": 80.0})]
     other = made_runs.record("linear_cached", {"top1": 11.0}, data={"dir": "d", "digest": "another"})
     made_runs.measure(run, 12, *own, other)
-    assert experiment.results(run)["linear_cached"] == {"top1": 80.0}
-    assert experiment.not_measured(run, columns) == ["knn"]
+    assert experiment.results(run, [])["linear_cached"]["metrics"] == {"top1": 80.0}
+    assert experiment.not_measured(run, measures) == ["knn"]
     made_runs.measure(run, 12, own[0], other)
-    assert experiment.not_measured(run, columns) == ["knn", "linear_cached"]
+    assert experiment.not_measured(run, measures) == ["knn", "linear_cached"]
+
+
+def test_what_was_measured_otherwise_is_not_what_the_table_shows(experiment, tmp_path):
+    run = made_runs.make_run(tmp_path / "a")
+    folder, made = {"dir": "cifar10c"}, {"dir": None}
+    corrupted = made_runs.record("corruption", {"clean_knn": 50.0}, settings=made)
+    made_runs.measure(
+        run,
+        12,
+        corrupted,
+        made_runs.record("corruption", {"clean_knn": 11.0}, settings=folder, variant="cifar10c"),
+        made_runs.record("knn", {"top1_k20": 1.0}, settings={"k": [20], "temperature": 99.0}),
+        made_runs.record("linear_cached", {"top1": 2.0}, precision="bfloat16"),
+    )
+    assert experiment.results(run, []) == {"corruption": corrupted}
+    assert set(experiment.results(run, ["knn.temperature=99.0"])) == {"corruption", "knn"}
+    assert experiment.results(run, ["corruption.dir=cifar10c"])["corruption"]["metrics"] == {"clean_knn": 11.0}
+
+
+def test_transfer_is_measured_on_other_data_which_the_settings_name(experiment, lists, chosen, tmp_path):
+    run = made_runs.make_run(tmp_path / "a")
+    measures = experiment.Measures.of(chosen("transfer"), "smoke")
+    other = {"dir": "data/digits", "digest": "another"}
+    metrics = {"linear_top1": 60.0, "finetune_top1": 70.0}
+    record = made_runs.record("transfer", metrics, data=other, settings={"data": "data/digits", "epochs": 4})
+    made_runs.measure(run, 12, record)
+    assert experiment.not_measured(run, measures) == []
+    assert experiment.not_measured(run, experiment.Measures.of(chosen("transfer"), "cifar")) == ["transfer"]
 
 
 def finish(trial, digest, knn, linear):
@@ -151,7 +206,7 @@ def finish(trial, digest, knn, linear):
 
 
 def test_the_table_has_all_runs_of_these_settings_that_were_measured(
-    experiment, lists, chosen, columns, digits, tmp_path, monkeypatch
+    experiment, lists, chosen, measures, digits, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)  # relative paths belong to where the command is given
     content, scale, digest = chosen("epsilon"), lists["scales"]["smoke"], read_dataset_info(digits).digest
@@ -162,12 +217,12 @@ def test_the_table_has_all_runs_of_these_settings_that_were_measured(
         finish(trials[key], digest, 50.0 + number, 60.0 + number)
     finish(trials["0.02", 0], "digest of other data", 1.0, 1.0)
     last = options(**given, only=["0.05"])
-    experiment.show("?", columns, experiment.all_measured(content, scale, last, columns), folder)
+    experiment.show("?", measures, experiment.all_measured(content, scale, last, measures), folder)
     rows = [line.split("|")[1:3] for line in (folder / "table.md").read_text().splitlines() if line.startswith("| 0")]
     assert rows == [[" 0.0 (seeds: 2) ", " 50.50 ± 6.35 "], [" 0.05 (seeds: 1) ", " 52.00 "]]
     assert "mean of 1 to 2 seeds" in (folder / "table.md").read_text()
     others = options(**given, set=["optimizer.lr=7"])
-    assert experiment.all_measured(content, scale, others, columns) == []
+    assert experiment.all_measured(content, scale, others, measures) == []
     assert "0.05-seed0" in (folder / "report" / "index.html").read_text()
 
 
@@ -184,12 +239,12 @@ def test_a_run_is_finished_when_its_last_checkpoint_says_so(experiment, lists, c
     assert not experiment.is_finished(trial.config), "damaged: train.py has the one before"
 
 
-def test_settings_that_fit_only_some_runs_give_a_table_of_these(experiment, lists, chosen, columns, digits, tmp_path):
+def test_settings_that_fit_only_some_runs_give_a_table_of_these(experiment, lists, chosen, measures, digits, tmp_path):
     content, scale = chosen("compare"), lists["scales"]["smoke"]
     given = options(name="compare", out=tmp_path, data=digits, only=["varcon"], set=["objective.epsilon=0.01"])
     (trial,) = experiment.plan(content, scale, given)
     finish(trial, read_dataset_info(digits).digest, 50.0, 60.0)
-    assert experiment.all_measured(content, scale, given, columns) == [trial]
+    assert experiment.all_measured(content, scale, given, measures) == [trial]
 
 
 def test_experiments_that_measure_something_else_share_their_runs(experiment, lists, chosen, tmp_path):
@@ -236,8 +291,8 @@ def test_an_experiment_is_run_measured_and_shown_and_given_again_only_shown(expe
     for label, distance, row in zip(("VSSL", "Euclidean distance"), ("cosine", "euclidean"), rows[1:], strict=True):
         run = folder / f"{label.replace(' ', '_')}-seed0"
         assert json.loads((run / "manifest.json").read_text())["config"]["objective"]["distance"] == distance
-        found = experiment.results(run)
-        expected = [found["knn"]["top1_k20"], found["linear_cached"]["top1"]]
+        found = experiment.results(run, [])
+        expected = [found["knn"]["metrics"]["top1_k20"], found["linear_cached"]["metrics"]["top1"]]
         assert row == f"| {label} | " + " | ".join(f"{value:.2f}" for value in expected) + " |"
 
     def stamps():

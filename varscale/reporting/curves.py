@@ -15,7 +15,7 @@ from varscale.reporting.runs import Run
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-Value = Callable[[dict], float | None]
+Value = Callable[[dict], float | None]  # of a line, in which "weights" are those of its run's terms
 MOST_POINTS = 500  # of a curve; of more, neighbours are averaged
 
 
@@ -34,8 +34,15 @@ def _key(name: str) -> Value:
 
 
 def _share(name: str) -> Value:
-    """Of VarCon's loss; that of VSSL has weights, and a likelihood that may be negative."""
-    return lambda line: line[name] / (line["kl"] + line["nll"]) if "tau2" in line and line["loss"] > 0 else None
+    """Of VarCon's loss, in which the terms have weights; VSSL's likelihood may be negative."""
+
+    def share(line: dict) -> float | None:
+        if "tau2" not in line or not line["loss"] > 0:
+            return None
+        parts = {term: line["weights"][term] * line[term] for term in ("kl", "nll")}
+        return parts[name] / sum(parts.values())
+
+    return share
 
 
 def _knn(line: dict) -> float | None:
@@ -59,7 +66,7 @@ CURVES = (
     ),
     Curve("confidence", "confidence p(r|z)", _key("confidence")),
     Curve("classes-present", "classes in a batch", _key("classes_present")),
-    Curve("cosine", "cosine between outputs for two views of an image", _key("cosine")),
+    Curve("cosine", "cosine between outputs for an image's views (SupCon: for a class)", _key("cosine")),
     Curve("spread", "spread of the latents (0: collapsed)", _key("spread")),
     Curve(
         "logvar",
@@ -85,7 +92,9 @@ def curves(runs: Sequence[Run]) -> list[Picture]:
 
 
 def _lines(run: Run, curve: Curve) -> list[dict]:
-    return run.series(curve.kind)
+    objective = run.config["objective"]
+    weights = {term: objective.get(f"{term}_weight", 1.0) for term in ("kl", "nll")}
+    return [line | {"weights": weights} for line in run.series(curve.kind)]
 
 
 def _others(runs: Sequence[Run]) -> list[Curve]:

@@ -3,6 +3,7 @@
 import difflib
 import os
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from varscale.data.sources.cifar import open_cifar
 from varscale.data.sources.digits import DIGIT_SIZES, open_digits
 from varscale.data.sources.imagefolder import open_imagefolder
 from varscale.data.sources.npz import open_npz
-from varscale.data.sources.splits import ArraySplit, Source, Split
+from varscale.data.sources.splits import ArraySplit, Source, Split, first_of_each_class
 from varscale.data.sources.tar import open_tar
 from varscale.data.sources.webdataset import open_webdataset
 from varscale.errors import UserError
@@ -27,13 +28,20 @@ AT_A_PLACE = {
 KINDS = ("digits", "cifar10", "cifar100", "npz:FILE", "imagefolder:DIR", "tar:FILE", "tar:TRAIN,VAL", "webdataset:DIR")
 
 
-def open_source(spec: str, *, image_size: int | None = None, download_dir: Path | None = None) -> Source:
+def open_source(
+    spec: str,
+    *,
+    image_size: int | None = None,
+    download_dir: Path | None = None,
+    per_class: tuple[int, int] | None = None,
+) -> Source:
     """Opens a source by its name.
 
     Args:
         spec: one of KINDS.
         image_size: side of the digits' images, 32 (default) or 16; for `digits` only.
         download_dir: where CIFAR's archives lie or are downloaded to; for `cifar10` and `cifar100` only.
+        per_class: take so many images of each class only, the first ones, of train and of val.
 
     Raises:
         UserError: no such source; an option of another source; files missing, unreadable or of the wrong form; fewer
@@ -53,7 +61,14 @@ def open_source(spec: str, *, image_size: int | None = None, download_dir: Path 
     else:
         raise UserError(f"unknown source '{spec}'{_hint(spec, kind)}; accepted: {', '.join(KINDS)}")
     _check_classes(source)
-    return source
+    return _smaller(source, *per_class) if per_class else source
+
+
+def _smaller(source: Source, train: int, val: int) -> Source:
+    splits = {"train": first_of_each_class(source.train, train), "val": first_of_each_class(source.val, val)}
+    note = f"of each class the first {train:,} images of train and {val:,} of val"
+    options = source.options | {"train_per_class": train, "val_per_class": val}
+    return replace(source, **splits, options=options, notes=(*source.notes, note))
 
 
 def _hint(spec: str, kind: str) -> str:

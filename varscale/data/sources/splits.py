@@ -93,6 +93,36 @@ class FileSplit:
 
 
 @dataclass(frozen=True)
+class SubsetSplit:
+    """Some images of another split, by their `rows: (n,) int64` in it."""
+
+    whole: Split
+    rows: np.ndarray
+
+    @property
+    def labels(self) -> np.ndarray:
+        return self.whole.labels[self.rows]
+
+    def content(self, index: int) -> Content:
+        return self.whole.content(int(self.rows[index]))
+
+    def name(self, index: int) -> str:
+        return self.whole.name(int(self.rows[index]))
+
+    def identity(self) -> Iterator[bytes]:
+        yield from self.whole.identity()
+        yield self.rows.tobytes()
+
+
+def first_of_each_class(split: Split, count: int) -> SubsetSplit:
+    """The first `count` images of each class, or all of a class that has fewer, in the split's order."""
+    order = np.argsort(split.labels, kind="stable")
+    labels = split.labels[order]
+    place_in_class = np.arange(len(labels)) - np.searchsorted(labels, labels)
+    return SubsetSplit(split, np.sort(order[place_in_class < count]))
+
+
+@dataclass(frozen=True)
 class Source:
     """A data set to convert: its classes' names, and the two splits; `notes` are for the person to read."""
 
