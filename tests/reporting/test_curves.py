@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from made_runs import make_run
 
-from varscale.reporting.curves import CURVES, MOST_POINTS, _thin, by_epoch, curves, histograms
+from varscale.reporting.curves import CURVES, MOST_POINTS, _lines, _thin, by_epoch, curves, histograms
 from varscale.reporting.runs import read_runs
 
 
@@ -61,3 +61,13 @@ def test_runs_that_recorded_no_epochs_are_drawn_by_step(tmp_path):
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert "step</text>" in curves(read_runs([run]))[0].svg
     assert histograms(read_runs([run])) == []
+
+
+def test_shares_of_the_loss_have_the_weights_of_the_terms(tmp_path):
+    (run,) = read_runs([make_run(tmp_path / "run", "digits-varcon", "objective.nll_weight=0.25")])
+    shares = {
+        curve.name: [curve.value(line) for line in _lines(run, curve)] for curve in CURVES if "share" in curve.name
+    }
+    # KL is half of NLL there: 1 x 1 beside 0.25 x 2.
+    assert shares["kl-share"] == pytest.approx([2 / 3] * 12)
+    assert shares["nll-share"] == pytest.approx([1 / 3] * 12)

@@ -18,6 +18,7 @@ from varscale.reporting.tables import (
     headlines,
     metrics,
     over_checkpoints,
+    over_seeds,
     published,
 )
 
@@ -220,3 +221,44 @@ def test_the_table_for_a_terminal_begins_with_the_baselines(tmp_path):
 
 def test_durations_are_for_people():
     assert [duration(seconds) for seconds in (5, 89, 120, 3600 * 2 + 61)] == ["5 s", "89 s", "2 min", "2 h 1 min"]
+
+
+def test_runs_on_several_seeds_are_one_column_and_one_colour(tmp_path):
+    runs = [make_run(tmp_path / f"varcon-seed{seed}", "digits-varcon", f"seed={seed}") for seed in range(3)]
+    runs.append(make_run(tmp_path / "vssl", "digits-vssl"))
+    for run, value in zip(runs, (50.0, 51.0, 53.0, 40.0), strict=True):
+        untrained = record("knn", {"top1_k20": value - 10}, model="untrained")
+        measure(run, 12, record("knn", {"top1_k20": value, "trustworthiness": None}), untrained)
+    read = read_runs(runs)
+    assert {run.look for run in read[:3]} == {read[0].look}
+    assert read[0].look.name == "varcon (3 seeds)"
+    assert read[3].look.name == "vssl"
+    assert read[3].look.colour != read[0].look.colour
+    found = rows(over_seeds(subjects(read)))["knn top1_k20 (%)"]
+    # Student's t for two degrees of freedom is 4.3027; the deviation of 50, 51 and 53 is 1.5275.
+    assert found["varcon (3 seeds)"] == "51.33 ± 3.79"
+    assert found["vssl"] == "40.00"
+    assert found["untrained resnet18, 32x32"] == "38.50 ± 9.23"
+    assert over_seeds(subjects(read_runs(runs[:1]))) is None
+
+
+def test_runs_of_one_seed_are_no_repetitions_of_each_other(tmp_path):
+    first, again = read_runs([make_run(tmp_path / "a"), make_run(tmp_path / "b")])
+    assert (first.look.name, again.look.name) == ("a", "b")
+    assert first.look.colour != again.look.colour
+
+
+def test_more_configurations_than_colours_are_told_apart_by_their_lines(tmp_path):
+    runs = read_runs([make_run(tmp_path / f"{n}", "digits-varcon", f"optimizer.lr={n + 1}") for n in range(10)])
+    assert len({(run.look.colour, run.look.line) for run in runs}) == 10
+    assert runs[0].look.colour == runs[8].look.colour
+
+
+def test_a_published_knn_accuracy_has_ours_beside_it(tmp_path):
+    run = make_run(tmp_path / "a", "imagenet1k-varcon")
+    data = {"dir": "data/imagenet1k", "digest": "digest", "classes": 1000, "train": 1_281_167, "val": 50_000}
+    measure(run, 12, record("knn", {"top1_k20": 60.0, "top1_k200": 61.0}, data=data))
+    found = rows(published(subjects(read_runs([run]))))
+    shown = {name: cells["ours: a"] for name, cells in found.items() if "varcon" in name}
+    assert {value for name, value in shown.items() if "kNN" in name} == {"61.00"}
+    assert {value for name, value in shown.items() if "kNN" not in name} == {""}

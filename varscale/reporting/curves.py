@@ -9,7 +9,7 @@ import numpy as np
 
 from varscale.engine.metrics import MEASURED
 from varscale.reporting.content import Picture
-from varscale.reporting.plotting import COLOURS, legend, picture
+from varscale.reporting.plotting import legend, picture
 from varscale.reporting.runs import Run
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def curves(runs: Sequence[Run]) -> list[Picture]:
     position = _position(runs)
     found = []
     for curve in (*CURVES, *_others(runs)):
-        having = [(i, run) for i, run in enumerate(runs) if any(curve.value(x) is not None for x in _lines(run, curve))]
+        having = [run for run in runs if any(curve.value(line) is not None for line in _lines(run, curve))]
         if having:
             found.append(picture(curve.name, curve.title, partial(_draw, curve=curve, runs=having, position=position)))
     return found
@@ -109,19 +109,20 @@ def _position(runs: Sequence[Run]) -> str:
     return "epoch" if all("epoch" in line for line in lines) else "step"
 
 
-def _draw(axis: "Axes", curve: Curve, runs: list[tuple[int, Run]], position: str) -> None:
+def _draw(axis: "Axes", curve: Curve, runs: list[Run], position: str) -> None:
     handles = []
-    for number, run in runs:
+    for run in runs:
         lines = [line for line in _lines(run, curve) if curve.value(line) is not None]
-        colour = COLOURS[number % len(COLOURS)]
+        colour = run.look.colour
         x = _thin([line[position] for line in lines])
         marker = "o" if len(lines) <= 30 else None
-        handles += axis.plot(x, _thin(map(curve.value, lines)), color=colour, marker=marker, markersize=2.5)
+        drawn = {"color": colour, "linestyle": run.look.line, "marker": marker, "markersize": 2.5}
+        handles += axis.plot(x, _thin(map(curve.value, lines)), **drawn)
         if curve.band:
             low, high = (_thin(map(edge, lines)) for edge in curve.band)
             axis.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
     axis.set_xlabel(position)
-    legend(axis, handles, [run.name for _, run in runs])
+    legend(axis, handles, [run.look.name for run in runs])
 
 
 def _thin(values) -> np.ndarray:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from varscale.reporting.content import Picture
-from varscale.reporting.plotting import COLOURS, INK, legend, picture
+from varscale.reporting.plotting import INK, legend, picture
 from varscale.reporting.runs import TRAINED, Run, data_of, label_of
 from varscale.reporting.subjects import Subject
 
@@ -52,12 +52,13 @@ def _draw_few_shot(axis: "Axes", few: list[tuple[Subject, dict]], ending: str) -
         means, halves = (
             [record["metrics"].get(f"{name}{suffix}") or 0.0 for name in names] for suffix in ("", "_ci95")
         )
-        line = "--" if subject.is_baseline else "-"
-        handles.append(axis.errorbar(images, means, halves, fmt=f"o{line}", color=subject.colour, ms=3, capsize=2))
+        handles.append(
+            axis.errorbar(images, means, halves, fmt=f"o{subject.line}", color=subject.colour, ms=3, capsize=2)
+        )
     axis.set(xscale="log", xlabel="labelled images")
     axis.xaxis.set_major_formatter("{x:g}")
     axis.xaxis.set_minor_formatter(NullFormatter())
-    legend(axis, handles, [subject.name for subject, _ in few])
+    legend(axis, handles, [subject.group for subject, _ in few])
 
 
 def _draw_corruption(axis: "Axes", corrupted: list[tuple[Subject, dict]], classifier: str) -> None:
@@ -65,10 +66,9 @@ def _draw_corruption(axis: "Axes", corrupted: list[tuple[Subject, dict]], classi
     for subject, details in corrupted:
         mean = np.mean(list(details["accuracy"][classifier].values()), axis=0)
         severities, values = [0, *details["severities"]], [details["clean"][classifier], *mean]
-        line = "--" if subject.is_baseline else "-"
-        handles += axis.plot(severities, values, f"o{line}", color=subject.colour, markersize=3)
+        handles += axis.plot(severities, values, f"o{subject.line}", color=subject.colour, markersize=3)
     axis.set(xlabel="severity (0: clean)", xticks=severities)
-    legend(axis, handles, [subject.name for subject, _ in corrupted])
+    legend(axis, handles, [subject.group for subject, _ in corrupted])
 
 
 def _draw_reliability(axis: "Axes", calibrated: list[tuple[Subject, dict]], key: str) -> None:
@@ -77,11 +77,10 @@ def _draw_reliability(axis: "Axes", calibrated: list[tuple[Subject, dict]], key:
         rows = [row for row in details[key] if row["count"]]
         confidence, accuracy = ([row[name] for row in rows] for name in ("confidence", "accuracy"))
         shares = np.array([row["count"] for row in rows]) / sum(row["count"] for row in rows)
-        line = "--" if subject.is_baseline else "-"
-        handles += axis.plot(confidence, accuracy, line, color=subject.colour, linewidth=1)
+        handles += axis.plot(confidence, accuracy, subject.line, color=subject.colour, linewidth=1)
         axis.scatter(confidence, accuracy, 6 + 120 * shares, color=subject.colour, linewidths=0)
     axis.set(xlabel="confidence (dots: share of samples)", ylabel="accuracy", xlim=(0, 1.03), ylim=(0, 1.03))
-    legend(axis, handles, ["perfectly calibrated", *(subject.name for subject, _ in calibrated)])
+    legend(axis, handles, ["perfectly calibrated", *(subject.group for subject, _ in calibrated)])
 
 
 def embeddings(run: Run, number: int) -> list[Picture]:
@@ -157,23 +156,21 @@ def throughput(runs: Sequence[Run]) -> list[Picture]:
         ("step-times", "milliseconds of a step: median, 90th percentile", "step_ms_p50", "step_ms_p90", 1, None),
         ("data-wait", "waiting for data (% of the time)", "data_wait_share", None, 100, 100),
     ):
-        having = [(i, run) for i, run in enumerate(runs) if any(key in line for line in run.series("train"))]
+        having = [run for run in runs if any(key in line for line in run.series("train"))]
         if having:
             draw = partial(_draw_speed, runs=having, key=key, band=band, scale=scale, top=top)
             found.append(picture(name, title, draw))
     return found
 
 
-def _draw_speed(
-    axis: "Axes", runs: Sequence[tuple[int, Run]], key: str, band: str | None, scale: float, top: float | None
-) -> None:
+def _draw_speed(axis: "Axes", runs: Sequence[Run], key: str, band: str | None, scale: float, top: float | None) -> None:
     """band: the upper edge of what is shaded above the curve. scale: of values. top: of the axis."""
     handles, edges = [], []
-    for number, run in runs:
+    for run in runs:
         lines = [line for line in run.series("train") if key in line]
         minutes = [(line["time"] - lines[0]["time"]) / 60 for line in lines]
-        values, colour = [scale * line[key] for line in lines], COLOURS[number % len(COLOURS)]
-        handles += axis.plot(minutes, values, color=colour, linewidth=1)
+        values, colour = [scale * line[key] for line in lines], run.look.colour
+        handles += axis.plot(minutes, values, color=colour, linestyle=run.look.line, linewidth=1)
         if band:
             upper = [scale * line[band] for line in lines]
             axis.fill_between(minutes, values, upper, color=colour, alpha=0.2, linewidth=0)
@@ -181,4 +178,4 @@ def _draw_speed(
     if band:  # the first line of a start holds all that is set up in its first step, and would flatten the others
         top = 1.2 * float(np.percentile(edges, 90))
     axis.set(xlabel="minutes since the first line", ylim=(0, top))
-    legend(axis, handles, [run.name for _, run in runs])
+    legend(axis, handles, [run.look.name for run in runs])

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 # Of middle lightness, with a contrast of 3 to white and to black at least, and told apart by colour-blind people.
 COLOURS = ("#2a7fd4", "#dd6a10", "#1f9a73", "#cc4b8b", "#8f6fd6", "#a08000", "#1098a8", "#d04a3c")
+LINES = ("-", "--", ":", "-.")
 GREYS = ("#8a8a8a", "#6f7f8f", "#8f7f6f", "#7f8f6f")
 LEGEND_ROW = 0.17  # inches
 INK = "#010203"  # stands for the colour of the page's text
@@ -52,14 +53,15 @@ def picture(
 
 
 def legend(axis: "Axes", handles: "Sequence[Artist]", names: Sequence[str]) -> None:
-    """Below the axes, where there is more than one thing to tell apart."""
-    if len(handles) > 1:
+    """Below the axes, where there is more than one name to tell apart."""
+    of_name = dict(zip(names, handles, strict=True))
+    if len(of_name) > 1:
         # A label that begins with an underscore would be left out.
-        labels = [f" {name}" if len(name) <= NAME_LENGTH else f" …{name[1 - NAME_LENGTH :]}" for name in names]
+        labels = [f" {name}" if len(name) <= NAME_LENGTH else f" …{name[1 - NAME_LENGTH :]}" for name in of_name]
         columns = 2 if max(map(len, labels)) < 22 else 1
         figure = axis.figure
         figure.set_figheight(figure.get_figheight() + LEGEND_ROW * -(-len(labels) // columns))
-        figure.legend(handles, labels, loc="outside lower center", ncols=columns)
+        figure.legend(of_name.values(), labels, loc="outside lower center", ncols=columns)
 
 
 def _png(figure: "Figure") -> bytes:

@@ -1,7 +1,10 @@
 """What the directories of runs hold, read without torch; what is missing or damaged is noted, not refused."""
 
+import json
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +18,7 @@ from varscale.engine.rundir import (
     read_sound_metrics,
 )
 from varscale.errors import UserError
+from varscale.reporting.plotting import COLOURS, LINES
 from varscale.reporting.step_profile import read_step_profile
 
 TRAINED, UNTRAINED, PIXELS = "trained", "untrained", "pixels"  # of evaluate.py
@@ -43,12 +47,20 @@ def label_of(record: dict) -> str:
     return f"{record['evaluator']} ({record['variant']})" if record.get("variant") else record["evaluator"]
 
 
+class Look(NamedTuple):
+    """What runs that differ in nothing but their seed are called together, and how they are drawn."""
+
+    name: str
+    colour: str
+    line: str
+
+
 @dataclass(frozen=True)
 class Run:
     """One run.
 
     Attributes:
-        name: the end of its path that tells it from the others.
+        name: the end of its path that tells it from the others. look: shared with its repetitions on other seeds.
         config, starts, data_digest: of its manifest. lines: of metrics.jsonl.
         evaluations: the oldest checkpoint's first.
         profile: where the time of its steps goes, as `trace.analyse` found it, if it was profiled.
@@ -64,6 +76,7 @@ class Run:
     evaluations: list[Evaluation]
     profile: dict | None
     missing: list[str]
+    look: Look
 
     @property
     def objective(self) -> str:
@@ -88,7 +101,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     paths = list({path.resolve(): path for path in paths}.values())
     for path in paths:
         check_exists(path)
-    return [_read_run(path, name) for path, name in zip(paths, _names(paths), strict=True)]
+    return _with_looks([_read_run(path, name) for path, name in zip(paths, _names(paths), strict=True)])
 
 
 def _read_run(path: Path, name: str) -> Run:
@@ -120,7 +133,35 @@ def _read_run(path: Path, name: str) -> Run:
     except ValueError as error:
         profile = None
         missing.append(str(error))
-    return Run(path, name, config, starts, digest, lines, evaluations, profile, missing)
+    look = Look(name, COLOURS[0], LINES[0])
+    return Run(path, name, config, starts, digest, lines, evaluations, profile, missing, look)
+
+
+def _with_looks(runs: list[Run]) -> list[Run]:
+    """A colour for each configuration, whatever its seeds, and another line where there are more than colours."""
+    alike: dict[str, list[Run]] = {}
+    for run in runs:
+        rest = {key: value for key, value in run.config.items() if key not in ("seed", "output_dir")}
+        alike.setdefault(json.dumps(rest), []).append(run)
+    groups: list[list[Run]] = []
+    for group in alike.values():
+        repeated = len({run.config["seed"] for run in group}) == len(group)
+        groups += [group] if repeated else [[run] for run in group]
+    looks = {}
+    for number, group in enumerate(groups):
+        line = LINES[number // len(COLOURS) % len(LINES)]
+        look = Look(_common_name([run.name for run in group]), COLOURS[number % len(COLOURS)], line)
+        looks |= {run.name: look for run in group}
+    return [replace(run, look=looks[run.name]) for run in runs]
+
+
+def _common_name(names: list[str]) -> str:
+    """Of runs on several seeds what stands before these, as far as it is the same."""
+    if len(names) == 1:
+        return names[0]
+    same = len(list(takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))))
+    start = re.sub(r"[-_ /]?(seed)?[-_ ]?$", "", names[0][:same])
+    return f"{start or names[0]} ({len(names)} seeds)"
 
 
 def _not_measured(path: Path, evaluations: list[Evaluation]) -> list[str]:

@@ -56,9 +56,11 @@ def _overview(runs: Sequence[Run]) -> Section:
 
 def _results(runs: Sequence[Run], columns: Sequence[Subject]) -> Section:
     blocks: list[Block] = []
+    told = "All that was measured on each run's newest measured checkpoint; ± is half the width of a 95 % interval"
+    if summary := tables.over_seeds(columns):
+        blocks += [Paragraph(f"{told}, of the mean over seeds."), summary]
     if table := tables.metrics(columns):
-        told = "All that was measured on each run's newest measured checkpoint; ± is half the width of a 95 % interval."
-        blocks += [Paragraph(told), table]
+        blocks += [Fold("Every run", [table])] if summary else [Paragraph(f"{told}."), table]
     if table := tables.published(columns):
         told = (
             "Published by others, not measured here. Beside it, of our runs on the same data, that of the same kind of "

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from varscale.reporting.plotting import COLOURS, GREYS
+from varscale.reporting.plotting import GREYS
 from varscale.reporting.runs import PIXELS, TRAINED, UNTRAINED, Run, data_of, label_of
 
 
@@ -13,6 +13,7 @@ class Subject:
 
     records: what was measured on the newest checkpoint that was measured.
     data_digest: of the data that the run was trained on.
+    group: its name together with others that differ in nothing but the seed.
     """
 
     name: str
@@ -20,6 +21,8 @@ class Subject:
     colour: str
     records: list[dict]
     data_digest: str
+    group: str = ""
+    line: str = "-"
 
     def record(self, evaluator: str) -> dict | None:
         """The newest record of an evaluator on the run's own data."""
@@ -46,20 +49,23 @@ def unit_of(record: dict, metric: str) -> str:
 
 def subjects(runs: Sequence[Run]) -> list[Subject]:
     """The trained encoders, then the baselines; of several runs' baselines one, where it is the same and they agree."""
-    measured = [(number, run, run.evaluations[-1].records) for number, run in enumerate(runs) if run.evaluations]
+    measured = [(run, run.evaluations[-1].records) for run in runs if run.evaluations]
     trained = [
-        Subject(run.name, False, COLOURS[number % len(COLOURS)], _of(TRAINED, records), run.data_digest)
-        for number, run, records in measured
+        Subject(run.name, False, look.colour, _of(TRAINED, records), run.data_digest, look.name, look.line)
+        for run, records in measured
+        if (look := run.look)
     ]
     baselines: dict[str, list[Subject]] = {}
-    for _, run, records in measured:
+    for run, records in measured:
         for name, own in _baselines(run, records):
             same = baselines.setdefault(name, [])
-            candidate = Subject(name, True, "", own, run.data_digest)
+            group = name.partition(", seed")[0]
+            candidate = Subject(name, True, "", own, run.data_digest, group, "--")
             if not any(_agree(candidate, other) for other in same):
                 same.append(candidate if not same else replace(candidate, name=f"{name}, {run.name}"))
     found = [one for same in baselines.values() for one in same]
-    return trained + [replace(one, colour=GREYS[number % len(GREYS)]) for number, one in enumerate(found)]
+    groups = list(dict.fromkeys(one.group for one in found))
+    return trained + [replace(one, colour=GREYS[groups.index(one.group) % len(GREYS)]) for one in found]
 
 
 def _baselines(run: Run, records: list[dict]) -> Iterator[tuple[str, list[dict]]]:

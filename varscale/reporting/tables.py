@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from statistics import median
+from statistics import mean, median, stdev
 
 from varscale.engine.manifest import flatten
 from varscale.reporting.content import Column, Table
@@ -14,7 +14,12 @@ from varscale.reporting.subjects import Subject
 
 LABEL = "label"
 FIRST = ("knn", "linear", "linear_cached")  # of the evaluators
-OURS = {"linear": ("linear", "linear_cached"), "classifier": ("classifier",)}  # evaluators by published protocol
+# Evaluators and their metric by published protocol.
+OURS = {
+    "linear": (("linear", "top1"), ("linear_cached", "top1")),
+    "classifier": (("classifier", "top1"),),
+    "kNN": (("knn", "top1_k200"),),
+}
 INTERVAL = "_ci95"  # of a metric: half the width of the interval of the one without it
 
 
@@ -64,6 +69,36 @@ def metrics(subjects: Sequence[Subject]) -> Table | None:
     return Table((Column("metric", LABEL), *heads), rows)
 
 
+def over_seeds(subjects: Sequence[Subject]) -> Table | None:
+    """Every metric of every group of subjects: of several the mean, with half its 95 % interval (Student's t); None
+    where no group has several."""
+    groups: dict[str, list[Subject]] = {}
+    for one in subjects:
+        groups.setdefault(one.group, []).append(one)
+    if all(len(group) == 1 for group in groups.values()):
+        return None
+    values = [[one.metrics() for one in group] for group in groups.values()]
+    names = data_names((record for one in subjects for record in one.records), {one.data_digest for one in subjects})
+    keys = dict.fromkeys(key for group in values for one in group for key in one if not key[1].endswith(INTERVAL))
+    rows = [
+        (metric_label(key, names), *(_mean_of([one.get(key) for one in group], key[2]) for group in values))
+        for key in sorted(keys, key=lambda key: key[0] not in FIRST)
+    ]
+    heads = [Column(name, "baseline" if group[0].is_baseline else "run") for name, group in groups.items()]
+    return Table((Column("metric", LABEL), *heads), rows)
+
+
+def _mean_of(values: Sequence[float | None], unit: str) -> str:
+    """Of those that are numbers."""
+    from scipy.stats import t
+
+    numbers = [value for value in values if value is not None and math.isfinite(value)]
+    if len(numbers) < 2:
+        return shown(numbers[0], unit) if numbers else ""
+    half = t.ppf(0.975, len(numbers) - 1) * stdev(numbers) / len(numbers) ** 0.5
+    return with_interval(shown(mean(numbers), unit), shown(half, unit))
+
+
 def metric_label(key: tuple[str, str, str, str], names: dict[str, str]) -> str:
     """Evaluator, metric, unit and data set, these where there is something to tell."""
     evaluator, name, unit, data = key
@@ -101,8 +136,8 @@ def _data_set(subject: Subject) -> str | None:
 def _ours(subject: Subject, protocol: str) -> str:
     """What stands beside an accuracy published by a protocol."""
     kind = next((kind for kind in OURS if kind in protocol), "")
-    record = next((record for name in OURS.get(kind, ()) if (record := subject.record(name))), None)
-    return shown(record["metrics"].get("top1")) if record else ""
+    found = ((subject.record(name), metric) for name, metric in OURS.get(kind, ()))
+    return next((shown(record["metrics"].get(metric)) for record, metric in found if record), "")
 
 
 def data_names(records: Iterable[dict], own: set[str]) -> dict[str, str]:
