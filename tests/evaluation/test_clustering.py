@@ -82,3 +82,14 @@ def test_two_classes_have_no_tree(on_features, make_clouds):
     assert result.details == {}
     assert draw(result.details) is None
     assert "at least three classes" in result.notes[0]
+
+
+@pytest.mark.filterwarnings("ignore:Number of distinct clusters")
+def test_a_collapsed_encoder_has_no_tree(on_features, make_clouds):
+    data = make_clouds(60, 3, 1)
+    for features in (data.features * 0, torch.ones_like(data.features)):
+        same = data._replace(features=features)
+        result = run(on_features(same, same, 3), Settings())
+        assert "cophenetic" not in result.metrics
+        assert result.notes[-1].endswith("no tree was made")
+        assert draw(result.details) is None

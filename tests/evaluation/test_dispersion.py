@@ -57,3 +57,12 @@ def test_margins_tell_right_from_wrong(on_features, make_clouds):
     assert set(result.units.values()) == {""}
     assert sum(result.details["own"]["counts"]) == 40
     assert draw(result.details).axes[0].get_xlabel() == "cosine"
+
+
+def test_classes_without_training_images_are_named(on_features, make_clouds):
+    train, val = make_clouds(40, 4, 1), make_clouds(50, 5, 2)
+    result = run(on_features(train, val, 5), Settings())
+    assert result.notes[-1] == "no training images of 1 class(es), which have no centroid: class 4"
+    assert run(on_features(val, val, 5), Settings()).notes == run(on_features(train, train, 4), Settings()).notes
+    alone = make_clouds(4, 4, 3)
+    assert "no pairs within a class" in run(on_features(train, alone, 4), Settings()).notes[-1]

@@ -52,3 +52,13 @@ def test_umap_is_asked_for_only_where_it_is_installed():
         with pytest.raises(UserError, match="pip install umap-learn"):
             check(Settings(methods=("umap",)))
     check(Settings())
+
+
+def test_a_collapsed_encoder_is_drawn_as_one_point(on_features, make_clouds):
+    """Scikit-learn's t-SNE ends the process with a segmentation fault there."""
+    data = make_clouds(60, 3, 1)
+    data = data._replace(features=data.features * 0)
+    result = run(on_features(data, data, 3), Settings())
+    assert not np.array(result.details["coordinates"]["tsne"]).any()
+    assert result.notes[-1] == "all embeddings are the same: there is nothing to draw"
+    draw(result.details)

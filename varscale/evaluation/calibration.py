@@ -36,6 +36,7 @@ def run(context: Context, settings: Settings) -> Result:
     being unknown here, p is that of the likeliest class: sure samples are made softer, unsure ones sharper.
     """
     temperature, epsilon, notes = _temperatures(context, settings)
+    notes += context.missing_notes()
     train, val = context.unit("train", settings.layer), context.unit("val", settings.layer)
     logits = class_logits(train.features, train.labels, val.features, context.num_classes)
     posterior = (logits / temperature).softmax(dim=1)

@@ -57,8 +57,10 @@ def run(context: Context, settings: Settings) -> Result:
     units = {name: NUMBER for name in metrics if not name.endswith("purity")}
     details, notes = {}, context.layer_notes(settings.layer)
     present = [c for c in range(context.num_classes) if (val.labels == c).any()]
-    if len(present) > 2:
-        means = torch.stack([val.features[val.labels == c].double().mean(dim=0) for c in present]).numpy()
+    means = torch.stack([val.features[val.labels == c].double().mean(dim=0) for c in present]).numpy()
+    if len(present) > 2 and not (means.any(axis=1).all() and np.ptp(means, axis=0).any()):
+        notes += ("the means of all classes are the same, or some are zero: no tree was made",)
+    elif len(present) > 2:
         metrics["cophenetic"], tree = class_tree(means)
         units["cophenetic"] = NUMBER
         details = {"linkage": tree.tolist(), "classes": [context.images.classes[c] for c in present]}

@@ -97,6 +97,12 @@ class Context:
             parts = (head(part.to(self.place.device)).float().cpu() for part in parts)
         return torch.cat([F.normalize(part) for part in parts])
 
+    def missing_notes(self) -> tuple[str, ...]:
+        """What to say where validation images are of classes of which there are no training images."""
+        missing = sorted(set(self.val.labels.tolist()) - set(self.train.labels.tolist()))
+        names = ", ".join(self.images.classes[label] for label in missing[:3]) + (", ..." if len(missing) > 3 else "")
+        return (f"no training images of {len(missing)} class(es), which have no centroid: {names}",) if missing else ()
+
     def layer_notes(self, layer: Layer) -> tuple[str, ...]:
         """What a reader must know of `unit(..., layer)`."""
         if layer == "embeddings" and self.head is None:

@@ -57,7 +57,9 @@ def run(context: Context, settings: Settings) -> Result:
         metrics[f"confidence_t{temperature:g}"] = p.gather(1, val.labels[:, None]).mean().item()
         metrics[f"entropy_t{temperature:g}"] = entropy.item()
     details = {"own": _histogram(own), "other": _histogram(other), "temperatures": list(settings.temperatures)}
-    notes = context.layer_notes(settings.layer)
+    notes = context.layer_notes(settings.layer) + context.missing_notes()
+    if len(val.labels.unique()) == len(val.labels):
+        notes += ("every class has one validation image: there are no pairs within a class",)
     return Result(metrics, settings.model_dump(), notes, dict.fromkeys(metrics, NUMBER), details)
 
 

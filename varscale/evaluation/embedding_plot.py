@@ -45,8 +45,10 @@ def run(context: Context, settings: Settings) -> Result:
     if len(points) < 2 * NEIGHBOURS + 2:
         raise UserError(f"embedding_plot: {len(points)} validation images are too few for a picture")
     metrics, coordinates = {}, {}
+    is_one_point = not np.ptp(points, axis=0).any()
     for method in dict.fromkeys(settings.methods):
-        plane = PLANES[method](points, settings, seed % 2**32)
+        # Scikit-learn's t-SNE ends the whole process with a segmentation fault where no two points differ.
+        plane = np.zeros((len(points), 2)) if is_one_point else PLANES[method](points, settings, seed % 2**32)
         metrics[f"trustworthiness_{method}"] = float(trustworthiness(points, plane, n_neighbors=NEIGHBOURS))
         # Four digits of the picture's extent: more than a pixel needs.
         extent = float(np.abs(plane).max()) or 1.0
@@ -59,6 +61,8 @@ def run(context: Context, settings: Settings) -> Result:
     }
     described = settings.model_dump() | {"samples_used": len(points)}
     notes = context.layer_notes(settings.layer)
+    if is_one_point:
+        notes += ("all embeddings are the same: there is nothing to draw",)
     return Result(metrics, described, notes, dict.fromkeys(metrics, NUMBER), details)
 
 
