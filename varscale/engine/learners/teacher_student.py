@@ -66,7 +66,7 @@ class TeacherStudentLearner(Learner):
             return None
         return (
             f"the latents are collapsing: spread {shown['spread']:.3f} (1 is healthy, 0 is one point for all images); "
-            "a lower learning rate, less weight decay or the predictor help"
+            "a lower learning rate, less weight decay or a predictor may help"
         )
 
     def companions(self) -> dict[str, nn.Module]:
