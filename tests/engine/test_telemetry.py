@@ -51,6 +51,14 @@ def taken(state, terms):
     return TakenStep(state, terms, [], lr=0.1, gradient_norm=torch.tensor(1.0))
 
 
+@pytest.mark.parametrize(("precision", "amx", "told"), [("bfloat16", 0, 1), ("bfloat16", 1, 0), ("float32", 0, 0)])
+def test_a_cpu_slow_in_bfloat16_is_told_of_float32(tmp_path, monkeypatch, capsys, precision, amx, told):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: bool(amx), raising=False)
+    config = load_config("digits-varcon", [f"output_dir={tmp_path}/run", f"compute.precision={precision}"])
+    open_telemetry(config, TrainState()).bar.close()
+    assert capsys.readouterr().out.count("compute.precision=float32 may be the faster one") == told
+
+
 def test_the_meter_averages_and_starts_anew():
     meter = Meter()
     for value in (1.0, 2.0, 6.0):
