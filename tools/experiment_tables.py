@@ -1,9 +1,10 @@
 """The table and the picture in which an experiment ends."""
 
-import statistics
+import math
 from pathlib import Path
 
 from varscale.config import Config
+from varscale.intervals import estimate
 
 Values = dict[str, list[float | None]]  # title of a column -> one value a seed
 
@@ -35,18 +36,8 @@ def cell(values: list[float | None], unit: str = "%") -> str:
     numbers = [value for value in values if value is not None]
     if not numbers:
         return "-"
-    digits, (mean, half) = 2 if unit == "%" else 4, interval(numbers)
+    digits, (mean, half) = 2 if unit == "%" else 4, estimate(numbers)
     return f"{mean:.{digits}f} ± {half:.{digits}f}" if len(numbers) > 1 else f"{mean:.{digits}f}"
-
-
-def interval(values: list[float]) -> tuple[float, float]:
-    """Mean and half the width of its 95 % interval (Student's t); half a width of 0 for one value."""
-    from scipy.stats import t
-
-    if len(values) == 1:
-        return values[0], 0.0
-    half = t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
-    return statistics.mean(values), float(half)
 
 
 def draw(question: str, found: dict[str, Values], units: dict[str, str], path: Path) -> None:
@@ -63,9 +54,10 @@ def draw(question: str, found: dict[str, Values], units: dict[str, str], path: P
         columns = [column for column in units if units[column] == unit]
         for number, column in enumerate(columns):
             known = [[value for value in values[column] if value is not None] for values in found.values()]
-            points = [(place, *interval(values)) for place, values in enumerate(known) if values]
+            points = [(place, *estimate(values)) for place, values in enumerate(known) if values]
             aside = (number - (len(columns) - 1) / 2) * min(0.12, 0.8 / len(columns))
             places, means, halves = zip(*points, strict=True) if points else ((), (), ())
+            halves = [0.0 if math.isnan(half) else half for half in halves]
             axis.errorbar([place + aside for place in places], means, yerr=halves, fmt="o", capsize=3, label=column)
         axis.grid(axis="y", alpha=0.3)
         axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)

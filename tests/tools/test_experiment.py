@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -79,14 +78,6 @@ def test_objectives_are_compared_with_one_schedule_and_optimizer(experiment, lis
     ]
     differing = [trial.label for trial, one in zip(trials, kept, strict=True) if one != kept[0]]
     assert not differing
-
-
-def test_interval_is_students():
-    values = [1.0, 2.0, 4.0]
-    mean, half = experiment_tables.interval(values)
-    assert mean == pytest.approx(7 / 3)
-    assert half == pytest.approx(4.302653 * statistics.stdev(values) / 3**0.5, rel=1e-6)  # t of 2 degrees, 97.5 %
-    assert experiment_tables.interval([5.0]) == (5.0, 0.0)
 
 
 def test_a_cell_is_in_its_unit_and_leaves_out_what_is_no_number():

@@ -1,8 +1,7 @@
 """Few-shot classification: how much of the labelled data the frozen features need."""
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, NamedTuple, Self
+from typing import TYPE_CHECKING, Annotated, Self
 
 import numpy as np
 import torch
@@ -14,6 +13,7 @@ from varscale.config import Section
 from varscale.evaluation.context import Context, Result
 from varscale.evaluation.features import Features
 from varscale.evaluation.subsets import per_class
+from varscale.intervals import estimate
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,13 +35,6 @@ class Settings(Section):
         if not self.percent and not self.shots:
             raise ValueError("few_shot.percent and few_shot.shots are both empty: nothing would be measured")
         return self
-
-
-class Estimate(NamedTuple):
-    """A mean, and half the width of its 95 % interval; not a number where there is one value only."""
-
-    mean: float
-    half_width: float
 
 
 def run(context: Context, settings: Settings) -> Result:
@@ -84,16 +77,6 @@ def logistic_accuracy(features: Tensor, labels: Tensor, val: Features, c: float)
     classifier = LogisticRegression(C=c, max_iter=1000).fit(((features - mean) / scale).numpy(), labels.numpy())
     hits = classifier.predict(((val.features - mean) / scale).numpy()) == val.labels.numpy()
     return 100 * int(hits.sum()) / len(hits)
-
-
-def estimate(values: Sequence[float]) -> Estimate:
-    """The mean of `values`, taken as independent draws, and half its 95 % interval by Student's t."""
-    from scipy.stats import t
-
-    if len(values) == 1:
-        return Estimate(values[0], math.nan)
-    deviation = float(np.std(values, ddof=1))
-    return Estimate(float(np.mean(values)), float(t.ppf(0.975, len(values) - 1)) * deviation / math.sqrt(len(values)))
 
 
 def draw(details: dict) -> "Figure | None":

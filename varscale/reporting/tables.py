@@ -4,9 +4,10 @@ import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import median
 
 from varscale.engine.manifest import flatten
+from varscale.intervals import estimate
 from varscale.reporting.content import Column, Table
 from varscale.reporting.published import PUBLISHED, data_set
 from varscale.reporting.runs import TRAINED, Run, data_of, label_of
@@ -90,13 +91,8 @@ def over_seeds(subjects: Sequence[Subject]) -> Table | None:
 
 def _mean_of(values: Sequence[float | None], unit: str) -> str:
     """Of those that are numbers."""
-    from scipy.stats import t
-
     numbers = [value for value in values if value is not None and math.isfinite(value)]
-    if len(numbers) < 2:
-        return shown(numbers[0], unit) if numbers else ""
-    half = t.ppf(0.975, len(numbers) - 1) * stdev(numbers) / len(numbers) ** 0.5
-    return with_interval(shown(mean(numbers), unit), shown(half, unit))
+    return with_interval(*(shown(value, unit) for value in estimate(numbers))) if numbers else ""
 
 
 def metric_label(key: tuple[str, str, str, str], names: dict[str, str]) -> str:
