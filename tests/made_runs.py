@@ -34,7 +34,14 @@ def _line(recipe: str, step: int) -> dict:
         counts[step] = 10 * step
         line |= {"tau2": 0.1, "tau2_std": 0.01, "confidence": 0.5, "classes_present": 10, "tau2_histogram": counts}
     else:
-        line |= {"cosine": 0.5, "spread": 0.9, "logvar_mean": -1.0, "logvar_min": -2.0, "logvar_max": 0.0}
+        line |= {
+            "cosine": 0.5,
+            "spread": 0.9,
+            "effective_rank": 40.0,
+            "logvar_mean": -1.0,
+            "logvar_min": -2.0,
+            "logvar_max": 0.0,
+        }
     line |= {"images_per_second": 100.0 + step, "views_per_second": 200.0 + 2 * step, "data_wait_share": 0.03125}
     line |= {"step_ms_p50": 10.0, "step_ms_p90": 10.0 + step, "step_ms_max": 30.0 + step, "tflops": 0.5}
     return line | {"process_memory_peak_gib": 1.5}

@@ -194,7 +194,8 @@ def test_a_teachers_collapse_is_warned_of(objective):
     _, whole = batches(1)
     _, shown = gradient(learner, [whole])
     assert 0 <= shown["spread"] <= 1
-    assert learner.warning(shown | {"spread": 0.9}) is None
+    assert learner.warning(shown | {"spread": 0.9, "effective_rank": 9.0}) is None
+    assert "effective rank 1.2 (of" in learner.warning(shown | {"spread": 0.9, "effective_rank": 1.2})
     with torch.no_grad():
         learner.network.predictor[3].weight.zero_()
         learner.network.predictor[3].bias.fill_(1.0)

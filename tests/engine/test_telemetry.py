@@ -44,7 +44,9 @@ def terms(spread):
     """Of one micro-batch whose latent means have this spread."""
     scalars = {"loss": 1.0, "kl": 0.4, "nll": 0.6, "cosine": 0.9, "direction_square": 1.0}
     direction = torch.tensor([[(1 - spread**2) ** 0.5, 0.0]] * 2)
-    return [{name: torch.tensor(value) for name, value in scalars.items()} | {"direction": direction}]
+    product = direction.T @ direction / 2 + spread**2 / 2 * torch.eye(2)
+    vectors = {"direction": direction, "direction_product": product}
+    return [{name: torch.tensor(value) for name, value in scalars.items()} | vectors]
 
 
 def taken(state, terms):
@@ -110,6 +112,7 @@ def test_what_is_recorded_can_be_read_and_a_collapse_is_said_once_an_epoch(tmp_p
     assert [line["step"] for line in lines if line["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
     assert [line["epoch"] for line in lines if line["kind"] == "train"] == pytest.approx([s / 3 for s in range(1, 7)])
     assert lines[0]["spread"] == pytest.approx(1.0)
+    assert lines[0]["effective_rank"] == pytest.approx(2.0)
     assert {"direction", "direction_square"}.isdisjoint(lines[0])
     assert list((tmp_path / "run" / "tensorboard").glob("events.*"))
 

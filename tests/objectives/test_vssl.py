@@ -1,6 +1,7 @@
 """VSSL equals torch's distributions and the written formulas, for any input in its domain."""
 
 import math
+from itertools import product
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributions import Normal, kl_divergence
 
-from varscale.objectives.collapse import spread
+from varscale.objectives.collapse import direction_moments, effective_rank, normalised, spread
 from varscale.objectives.vssl import Gaussian, soft_clamp, vssl_loss
 
 DISTANCES = pytest.mark.parametrize("distance", ["cosine", "euclidean"])
@@ -206,6 +207,33 @@ def test_terms_tell_health_from_collapse():
     zeros = [Gaussian(torch.zeros_like(view.mean), view.logvar) for view in student]
     terms = vssl_loss(zeros, zeros)[1]
     assert spread(terms["direction"], terms["direction_square"]) == 0
+
+
+def test_the_effective_rank_is_the_entropy_of_the_spectrum_within_views():
+    generator = torch.Generator().manual_seed(3)
+    views = [torch.randn(40, 6, generator=generator) * torch.arange(1, 7) + 5 * view for view in (0, 1)]
+    centred = torch.cat([normalised(view) - normalised(view).mean(dim=0) for view in views]).double()
+    variances = torch.linalg.svdvals(centred) ** 2
+    shares = variances / variances.sum()
+    expected = torch.exp(-(shares * shares.log()).sum()).item()
+    moments = direction_moments(views)
+    assert effective_rank(moments["direction"], moments["direction_product"]).item() == pytest.approx(
+        expected, rel=1e-4
+    )
+    assert 1.5 < expected < 6
+
+
+@pytest.mark.parametrize(("dimensions", "rank"), [(0, 0), (1, 1), (3, 3)])
+def test_the_effective_rank_counts_the_dimensions_that_are_left(dimensions, rank):
+    """The spread does not see it: it is 1 here for one dimension as for three."""
+    corners = torch.tensor(list(product([-1.0, 1.0], repeat=dimensions or 2)))
+    latents = torch.zeros(len(corners), 8)
+    latents[:, :dimensions] = corners[:, :dimensions]
+    latents[:, 7] = not dimensions
+    moments = direction_moments([latents, latents])
+    assert effective_rank(moments["direction"], moments["direction_product"]).item() == pytest.approx(rank, abs=1e-5)
+    found = spread(moments["direction"], moments["direction_square"]).item()
+    assert found == pytest.approx(1.0 if dimensions else 0.0, abs=1e-6)
 
 
 def test_the_spread_is_the_deviation_of_the_normalised_mean_and_averages_over_parts():

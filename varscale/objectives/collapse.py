@@ -9,10 +9,16 @@ from torch import Tensor
 
 @torch.no_grad()
 def direction_moments(views: Sequence[Tensor]) -> dict[str, Tensor]:
-    """What `spread` needs of the latents (N, d) of each view: `direction` (V, d), each view's average of the normalised
-    latent, and `direction_square`, the average square of its norm."""
+    """What `spread` and `effective_rank` need of the latents (N, d) of each view: `direction` (V, d), each view's
+    average of the normalised latent; `direction_square`, the average square of its norm; `direction_product` (d, d),
+    the average over views of its products with itself."""
     directions = torch.stack([normalised(view) for view in views])
-    return {"direction": directions.mean(dim=1), "direction_square": directions.square().sum(dim=2).mean()}
+    rows = directions.flatten(0, 1)
+    return {
+        "direction": directions.mean(dim=1),
+        "direction_square": directions.square().sum(dim=2).mean(),
+        "direction_product": rows.T @ rows / len(rows),
+    }
 
 
 def spread(direction: Tensor, direction_square: Tensor) -> Tensor:
@@ -25,6 +31,24 @@ def spread(direction: Tensor, direction_square: Tensor) -> Tensor:
         direction, direction_square: from `direction_moments`, or their averages over the parts of a batch.
     """
     return (direction_square - direction.square().sum(dim=1).mean()).clamp(min=0).sqrt()
+
+
+def effective_rank(direction: Tensor, direction_product: Tensor) -> Tensor:
+    """In how many directions the normalised latents of a batch vary: exp of the entropy of their covariance's spectrum.
+
+    1 where all lie on a line, d where evenly in all directions, 0 where they are one point. It tells of latents that
+    have lost most dimensions while their `spread` is that of healthy ones. Within each view, as `spread`; at most the
+    number of samples. Source: RankMe, arXiv 2210.02885, there of the singular values themselves.
+
+    Args:
+        direction, direction_product: from `direction_moments`, or their averages over the parts of a batch.
+    """
+    covariance = direction_product - direction.T @ direction / len(direction)
+    variances = torch.linalg.eigvalsh(covariance.double()).clamp(min=0)
+    total = variances.sum()
+    if total <= torch.finfo(torch.float32).eps:
+        return torch.zeros_like(total)
+    return torch.special.entr(variances / total).sum().exp()
 
 
 def cosine(first: Tensor, second: Tensor) -> Tensor:

@@ -68,6 +68,7 @@ CURVES = (
     Curve("classes-present", "classes in a batch", _key("classes_present")),
     Curve("cosine", "cosine between outputs for an image's views (SupCon: for a class)", _key("cosine")),
     Curve("spread", "spread of the latents (0: collapsed)", _key("spread")),
+    Curve("effective-rank", "effective rank of the latents (1: on a line)", _key("effective_rank")),
     Curve(
         "logvar",
         "log variance of the student: mean, least, greatest",
@@ -77,7 +78,18 @@ CURVES = (
 )
 # Keys of lines that these show, that throughput shows, or that say which line it is.
 SHOWN = {"loss", "kl", "nll", "lr", "gradient_norm", "tau2", "tau2_std", "confidence", "classes_present", "cosine"}
-SHOWN |= {"spread", "logvar_mean", "logvar_min", "logvar_max", "kind", "step", "time", "epoch", *MEASURED}
+SHOWN |= {
+    "spread",
+    "effective_rank",
+    "logvar_mean",
+    "logvar_min",
+    "logvar_max",
+    "kind",
+    "step",
+    "time",
+    "epoch",
+    *MEASURED,
+}
 
 
 def curves(runs: Sequence[Run]) -> list[Picture]:

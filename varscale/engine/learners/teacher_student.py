@@ -12,9 +12,9 @@ from varscale.engine.schedules import teacher_momentum
 from varscale.engine.zero import drop_whole_copies, finish_changes, local_part
 from varscale.models.networks import StudentNetwork
 from varscale.models.teacher import MomentumTeacher
-from varscale.objectives.collapse import spread
+from varscale.objectives.collapse import effective_rank, spread
 
-COLLAPSED = 0.2  # below this spread of the latents a person is warned
+COLLAPSED, ON_A_LINE = 0.2, 1.5  # below this spread or effective rank of the latents a person is warned
 
 ViewLoss = Callable[[Sequence, Sequence], tuple[Tensor, Terms]]
 
@@ -23,7 +23,7 @@ class TeacherStudentLearner(Learner):
     """The student's outputs for all views against the teacher's for the large ones.
 
     view_loss: from the student's and the teacher's outputs, one a view, to the loss and its terms, among them those
-        that `spread` needs.
+        that `spread` and `effective_rank` need.
     """
 
     def __init__(self, network: StudentNetwork, view_loss: ViewLoss, config: Config, total_steps: int) -> None:
@@ -58,14 +58,17 @@ class TeacherStudentLearner(Learner):
 
     def derive(self, means: Terms) -> Shown:
         others = dict(means)
-        others["spread"] = spread(others.pop("direction"), others.pop("direction_square"))
+        direction = others.pop("direction")
+        others["spread"] = spread(direction, others.pop("direction_square"))
+        others["effective_rank"] = effective_rank(direction, others.pop("direction_product"))
         return super().derive(others)
 
     def warning(self, shown: Shown) -> str | None:
-        if shown["spread"] >= COLLAPSED:
+        if shown["spread"] >= COLLAPSED and shown["effective_rank"] >= ON_A_LINE:
             return None
         return (
-            f"the latents are collapsing: spread {shown['spread']:.3f} (1 is healthy, 0 is one point for all images); "
+            f"the latents are collapsing: spread {shown['spread']:.3f} (1 is healthy, 0 is one point for all images), "
+            f"effective rank {shown['effective_rank']:.1f} (of {self.objective.latent_dim}; 1 is a line); "
             "a lower learning rate, less weight decay or a predictor may help"
         )
 
