@@ -102,7 +102,15 @@ def test_the_columns_of_experiments_are_metrics_that_there_are(repository, tmp_p
     folder = tmp_path / "colours"
     run = make_run(tmp_path / "run", folder, convert_colours(folder, size=32), size=32)
     arguments = ["--checkpoint", str(run), *sorted({name for name, _ in columns})]
-    quickly = ["corruption.names=[brightness]", "few_shot.seeds=2", "few_shot.shots=[]", "--batch-size", "16"]
+    quickly = [
+        f"transfer.data={folder}",
+        "transfer.epochs=1",
+        "corruption.names=[brightness]",
+        "few_shot.seeds=2",
+        "few_shot.shots=[]",
+        "--batch-size",
+        "16",
+    ]
     assert main([*arguments, *quickly]) == 0
     found = {name: record["metrics"] for (_, name), record in results(run).items()}
     assert [column for column in columns if column[1] not in found[column[0]]] == []

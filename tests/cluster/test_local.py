@@ -116,6 +116,7 @@ def test_a_sweep_one_of_whose_ranks_fails(submit, submit_py, tmp_path):
     assert read_metrics(second / "metrics.jsonl") == []
 
 
+@pytest.mark.slow
 def test_a_cancelled_job_keeps_what_it_had_and_a_killed_one_leaves_nobody_behind(submit, submit_py, tmp_path):
     run = tmp_path / "run"
     submit(run, "schedule.epochs=100")

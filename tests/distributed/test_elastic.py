@@ -56,7 +56,8 @@ def checkpoints(digits, tmp_path_factory):
     return [(run / "checkpoints" / "latest").resolve() for run in runs]
 
 
-@pytest.mark.parametrize("world_size", [2, *(pytest.param(size, marks=pytest.mark.slow) for size in (1, 4))])
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_what_is_restored_is_what_was_saved(run_ranks, checkpoints, tmp_path, world_size):
     first, *others = run_ranks(__file__, world_size, tmp_path, *checkpoints)
     assert all(not any(parts.values()) for rank in others for parts, _ in rank.values()), "rank 0 alone needs copies"

@@ -6,6 +6,8 @@ import sys
 import textwrap
 import time
 
+import pytest
+
 CODE = """
 import sys, time, torch
 import torch.distributed as dist
@@ -63,6 +65,7 @@ def test_it_ends_a_process_that_stands_still():
     assert 'File "<string>"' in said, "the stack"
 
 
+@pytest.mark.slow
 def test_a_rank_that_waits_for_one_that_failed_is_not_taken_for_stuck(free_port):
     body = """
         dist.init_process_group("gloo", rank=rank, world_size=2)

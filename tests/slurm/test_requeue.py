@@ -79,7 +79,8 @@ def test_the_time_limit(disturbed, undisturbed, tmp_path):
     assert "preempted; goes on from step-" in job.log
 
 
-@pytest.mark.parametrize("node", ["node1", pytest.param("node2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("node", ["node1", "node2"])
 def test_a_node_goes_down(cluster, disturbed, undisturbed, node):
     """That of rank 0, which also runs the job's own script; or that of rank 1."""
     job = disturbed()

@@ -46,9 +46,8 @@ def effective_rank(direction: Tensor, direction_product: Tensor) -> Tensor:
     covariance = direction_product - direction.T @ direction / len(direction)
     variances = torch.linalg.eigvalsh(covariance.double()).clamp(min=0)
     total = variances.sum()
-    if total <= torch.finfo(torch.float32).eps:
-        return torch.zeros_like(total)
-    return torch.special.entr(variances / total).sum().exp()
+    rank = torch.special.entr(variances / total).sum().exp()
+    return torch.where(total > torch.finfo(torch.float32).eps, rank, 0.0)
 
 
 def cosine(first: Tensor, second: Tensor) -> Tensor:
