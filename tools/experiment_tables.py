@@ -59,6 +59,7 @@ def draw(question: str, found: dict[str, Values], units: dict[str, str], path: P
             places, means, halves = zip(*points, strict=True) if points else ((), (), ())
             halves = [0.0 if math.isnan(half) else half for half in halves]
             axis.errorbar([place + aside for place in places], means, yerr=halves, fmt="o", capsize=3, label=column)
+        axis.set_ylabel(unit)
         axis.grid(axis="y", alpha=0.3)
         axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     axes[-1, 0].set_xticks(range(len(found)), found, rotation=20, ha="right")
