@@ -324,17 +324,18 @@ def show(question: str, measures: Measures, trials: list[Trial], folder: Path) -
     if not trials:
         raise UserError("no run came to its end: there is nothing to show")
     found: dict[str, Values] = {}
-    units = {}
+    units, places = {}, {}
     for trial in trials:
         measured = results(trial.config.output_dir, measures.settings)
         for column, (evaluator, metric) in measures.columns.items():
             found.setdefault(trial.label, {}).setdefault(column, []).append(measured[evaluator]["metrics"][metric])
             units[column] = measured[evaluator]["units"].get(metric, "%")
+            places[Path(measured[evaluator]["data"]["dir"]).name] = None
     folder.mkdir(parents=True, exist_ok=True)
     runs = [str(one.config.output_dir) for one in trials]
     if code := _code_of("-m", "varscale.report", *runs, "--out", str(folder / "report")):
         raise UserError(f"varscale.report ended with exit code {code}")
-    text = table(question, found, units, [trial.config for trial in trials])
+    text = table(question, found, units, ", ".join(places), [trial.config for trial in trials])
     replace_text(folder / "table.md", text)
     draw(question, found, units, folder / "plot.png")
     print(f"\n{text}\nwritten to {folder / 'table.md'} and {folder / 'plot.png'}; page {folder / 'report/index.html'}")

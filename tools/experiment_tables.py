@@ -9,7 +9,9 @@ from varscale.intervals import estimate
 Values = dict[str, list[float | None]]  # title of a column -> one value a seed
 
 
-def table(question: str, found: dict[str, Values], units: dict[str, str], configs: list[Config]) -> str:
+def table(
+    question: str, found: dict[str, Values], units: dict[str, str], measured_on: str, configs: list[Config]
+) -> str:
     """Markdown: a row a variant, with several seeds mean and 95 % interval of the mean."""
     config = configs[0]
     shared = [config.encoder.name] if len({one.encoder.name for one in configs}) == 1 else ["encoders differ"]
@@ -20,7 +22,7 @@ def table(question: str, found: dict[str, Values], units: dict[str, str], config
     number = most if fewest == most else f"{fewest} to {most}"
     of_seeds = f"mean of {number} seeds and 95 % interval of the mean" if most > 1 else f"seed {config.seed}"
     lines = [
-        f"{question}\n\nOn held-out images of {config.data.dir.name}; {', '.join(shared)}; {of_seeds}.\n",
+        f"{question}\n\nOn held-out images of {measured_on}; {', '.join(shared)}; {of_seeds}.\n",
         "| | " + " | ".join(next(iter(found.values()))) + " |",
         "|---" * (1 + len(next(iter(found.values())))) + "|",
     ]

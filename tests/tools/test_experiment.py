@@ -89,8 +89,12 @@ def test_a_cell_is_in_its_unit_and_leaves_out_what_is_no_number():
 def test_a_table_names_encoder_and_epochs_where_they_are_the_same():
     one, other = load_config("digits-varcon", []), load_config("digits-varcon", ["schedule.epochs=3"])
     found = {"a": {"kNN": [50.0]}, "b": {"kNN": [60.0]}}
-    assert "resnet18, 10 epochs;" in experiment_tables.table("?", found, {"kNN": "%"}, [one, one])
-    assert "resnet18, 3 to 10 epochs;" in experiment_tables.table("?", found, {"kNN": "%"}, [one, other])
+
+    def text(*configs):
+        return experiment_tables.table("?", found, {"kNN": "%"}, "flowers", list(configs))
+
+    assert "On held-out images of flowers; resnet18, 10 epochs;" in text(one, one)
+    assert "resnet18, 3 to 10 epochs;" in text(one, other)
 
 
 def test_columns_of_several_units_have_a_panel_each(tmp_path):
