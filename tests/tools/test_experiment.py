@@ -179,6 +179,28 @@ def test_what_was_measured_otherwise_is_not_what_the_table_shows(experiment, tmp
     assert experiment.results(run, ["corruption.dir=cifar10c"])["corruption"]["metrics"] == {"clean_knn": 11.0}
 
 
+def test_every_checkpoint_is_measured_where_the_experiment_says_so(experiment, chosen, tmp_path, monkeypatch):
+    run, given = made_runs.make_run(tmp_path / "a"), []
+    monkeypatch.setattr(experiment, "_code_of", lambda *arguments: given.append(arguments) or 0)
+    experiment.measure(run, experiment.Measures.of(chosen("embedding-epochs"), "smoke"))
+    checkpoints = [run / "checkpoints" / f"step-{step:08d}" for step in (8, 12)]
+    assert [Path(arguments[3]) for arguments in given] == checkpoints
+    assert {arguments[4:] for arguments in given} == {("knn", "embedding_plot")}
+    made_runs.measure(run, 12, made_runs.record("knn", {"top1_k20": 70.0}))
+    given.clear()
+    experiment.measure(run, experiment.Measures.of(chosen("embedding-epochs"), "smoke"))
+    assert [arguments[4:] for arguments in given] == [("knn", "embedding_plot"), ("embedding_plot",)]
+
+
+def test_a_run_that_a_bad_step_stopped_is_left_out(experiment, digits, tmp_path, capfd):
+    settings = ["data.image_size=16", "data.workers=1", "batch.global_batch_size=64", "safety.loss_limit=1.0e-9"]
+    arguments = ["epsilon", "--only", "0.0", "0.02", "--data", str(digits), "--out", str(tmp_path), "--set", *settings]
+    assert experiment.main(arguments) == 2
+    told = capfd.readouterr().err
+    assert told.count("is left out: it was stopped by a bad step") == 2, "the second was begun, too"
+    assert told.splitlines()[-1] == "error: no run came to its end: there is nothing to show"
+
+
 def test_transfer_is_measured_on_other_data_which_the_settings_name(experiment, lists, chosen, tmp_path):
     run = made_runs.make_run(tmp_path / "a")
     measures = experiment.Measures.of(chosen("transfer"), "smoke")

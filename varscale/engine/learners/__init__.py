@@ -26,8 +26,8 @@ def build_learner(config: Config, num_classes: int, total_steps: int, device: to
         sync_batch_norm=config.encoder.sync_batch_norm,
         activation_checkpointing=config.encoder.activation_checkpointing,
     )
-    module = import_module(f"{__name__}.{config.objective.name}")
-    learner = module.build(encoder, config, num_classes, total_steps)
+    objective = import_module(f"{__name__}.{config.objective.name}")
+    learner = objective.build(encoder, config, num_classes, total_steps)
     for module in (learner.network, *learner.companions().values()):
         module.to(device)
     return learner
