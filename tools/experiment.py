@@ -15,34 +15,29 @@ the page is the report of all these runs. Experiments that only measure somethin
 
 import argparse
 import difflib
-import os
 import subprocess
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import yaml
+from experiment_measures import ROOT, Columns, Measures, code_of, measure, not_measured, results
 from experiment_tables import Values, draw, table
 
-from varscale.config import Config, load_config, parse_section, to_yaml
+from varscale.config import Config, load_config, to_yaml
 from varscale.data.dataset import read_dataset_info
 from varscale.engine.manifest import refuse_another_run
-from varscale.engine.rundir import find_checkpoint, find_checkpoints, latest_checkpoint, read_manifest, read_results
+from varscale.engine.rundir import latest_checkpoint, read_manifest
 from varscale.errors import UserError
 from varscale.files import replace_text
 
-ROOT = Path(__file__).resolve().parents[1]
 LISTS = Path(__file__).with_name("experiments.yaml")
 SCALES = ("digits", "smoke", "cifar10", "cifar", "imagenet")
-CHOICES = {"k", "percent", "shots", "methods"}  # settings of evaluators that only say which metrics there are
 BAD_STEP, START_AGAIN = 3, (75, 130)  # exit codes of train.py
 OPTION_OF = {"seed": "--seeds", "data.dir": "--data", "output_dir": "--out"}
-
-Columns = dict[str, tuple[str, str]]  # title -> evaluator and its metric
 
 
 @dataclass(frozen=True)
@@ -51,21 +46,6 @@ class Trial:
 
     label: str
     config: Config
-
-
-@dataclass(frozen=True)
-class Measures:
-    """What an experiment measures: its columns, settings of their evaluators as `evaluate` takes them, and whether of
-    every checkpoint that a run has kept."""
-
-    columns: Columns
-    settings: list[str]
-    of_every_checkpoint: bool = False
-
-    @classmethod
-    def of(cls, experiment: dict, scale: str) -> Self:
-        settings = experiment.get("settings", [])
-        return cls(experiment["columns"], _at_scale(settings, scale), experiment.get("of_every_checkpoint", False))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -78,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
         experiment = chosen(lists["experiments"], options.name)
         scale = lists["scales"][options.scale]
         trials = plan(experiment, scale, options)
-        measures = Measures.of(experiment | {"columns": experiment.get("columns", lists["columns"])}, options.scale)
+        measures = measures_of(experiment, lists["columns"], options.scale)
         runs = folder_of(experiment["runs_of"], options)
         check_data(trials[0].config.data.dir, scale)
         if options.submit:
@@ -154,6 +134,12 @@ def plan(experiment: dict, scale: dict, options: argparse.Namespace) -> list[Tri
     return trials
 
 
+def measures_of(experiment: dict, columns: Columns, scale: str) -> Measures:
+    """What an experiment measures at a scale; `columns` where it has none of its own."""
+    settings = _at_scale(experiment.get("settings", []), scale)
+    return Measures(experiment.get("columns", columns), settings, experiment.get("of_every_checkpoint", False))
+
+
 def check_set(given: list[str], label: str, own: list[str]) -> None:
     """Raises UserError where an override of all runs would undo what one of them varies, or what an option is for."""
     for key in (text.partition("=")[0] for text in given):
@@ -195,7 +181,7 @@ def train(config: Config, folder: Path) -> bool:
     """Train a run to its end, from where it stands; whether it got there: some settings of a sweep lead to a loss that
     is not finite, and such a run is left out. Raises UserError where it fails otherwise."""
     path = write_config(config, folder)
-    code = _code_of(str(ROOT / "varscale/train.py"), "--config", str(path), "--resume", "auto")
+    code = code_of(str(ROOT / "varscale/train.py"), "--config", str(path), "--resume", "auto")
     if code == BAD_STEP:
         print(f"{config.output_dir} is left out: it was stopped by a bad step (above)", file=sys.stderr)
         return False
@@ -228,47 +214,6 @@ def write_config(config: Config, folder: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_text(path, to_yaml(config))
     return path
-
-
-def measure(run: Path, measures: Measures) -> None:
-    """What the columns tell of a run's checkpoints, unless it is known. Raises UserError where that fails."""
-    places = reversed(find_checkpoints(run)) if measures.of_every_checkpoint else [run]
-    for place in places:
-        if missing := not_measured(place, measures):
-            settings = [text for text in measures.settings if text.partition(".")[0] in missing]
-            if code := _code_of("-m", "varscale.evaluate", "--checkpoint", str(place), *missing, *settings):
-                raise UserError(f"{place}: evaluation ended with exit code {code}; the same command goes on")
-
-
-def not_measured(place: Path, measures: Measures) -> list[str]:
-    """The evaluators of which a column's metric is not known, though others of theirs may be, as with `knn.k=[5]`."""
-    found = results(place, measures.settings)
-    columns = measures.columns.values()
-    return list(
-        dict.fromkeys(name for name, metric in columns if metric not in found.get(name, {"metrics": {}})["metrics"])
-    )
-
-
-def results(place: Path, settings: list[str]) -> dict[str, dict]:
-    """By evaluator, the records of a checkpoint's (a run's newest) encoder: in float32, with these settings and
-    otherwise the default ones, on the data it was trained on; only `transfer` is on other data."""
-    from varscale.evaluation import Settings
-
-    wanted = parse_section(Settings, {}, "settings", settings).model_dump(mode="json")
-    try:
-        digest = read_manifest(find_checkpoint(place)[0])["data_digest"]
-        records = read_results(place)
-    except UserError:  # not measured yet
-        return {}
-    found = {}
-    for record in records:
-        name, precision = record["evaluator"], record.get("precision", "float32")
-        asked = {key: value for key, value in wanted.get(name, {}).items() if key not in CHOICES}
-        is_so = all(record["settings"].get(key, value) == value for key, value in asked.items())
-        on_its_data = record["data"]["digest"] == digest or name == "transfer"
-        if record["model"] == "trained" and precision == "float32" and is_so and on_its_data:
-            found[name] = record
-    return found
 
 
 def all_measured(experiment: dict, scale: dict, options: argparse.Namespace, measures: Measures) -> list[Trial]:
@@ -307,12 +252,6 @@ def refuse_while_submitted(trials: list[Trial], folder: Path) -> None:
             )
 
 
-def _code_of(*arguments: str) -> int:
-    """Run a program of this checkout in the folder from which relative paths were given; its exit code."""
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return subprocess.run([sys.executable, *arguments], env=os.environ | {"PYTHONPATH": path}).returncode
-
-
 def submit(trials: list[Trial], folder: Path, options: list[str]) -> int:
     """Put all runs into the queue as one job array; returns submit.py's exit code."""
     configs = [f"--config={write_config(trial.config, folder)}" for trial in trials]
@@ -333,7 +272,7 @@ def show(question: str, measures: Measures, trials: list[Trial], folder: Path) -
             places[Path(measured[evaluator]["data"]["dir"]).name] = None
     folder.mkdir(parents=True, exist_ok=True)
     runs = [str(one.config.output_dir) for one in trials]
-    if code := _code_of("-m", "varscale.report", *runs, "--out", str(folder / "report")):
+    if code := code_of("-m", "varscale.report", *runs, "--out", str(folder / "report")):
         raise UserError(f"varscale.report ended with exit code {code}")
     text = table(question, found, units, ", ".join(places), [trial.config for trial in trials])
     replace_text(folder / "table.md", text)

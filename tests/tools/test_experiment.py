@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import experiment_measures
 import experiment_tables
 import made_runs
 import pytest
@@ -181,14 +182,14 @@ def test_what_was_measured_otherwise_is_not_what_the_table_shows(experiment, tmp
 
 def test_every_checkpoint_is_measured_where_the_experiment_says_so(experiment, chosen, tmp_path, monkeypatch):
     run, given = made_runs.make_run(tmp_path / "a"), []
-    monkeypatch.setattr(experiment, "_code_of", lambda *arguments: given.append(arguments) or 0)
-    experiment.measure(run, experiment.Measures.of(chosen("embedding-epochs"), "smoke"))
+    monkeypatch.setattr(experiment_measures, "code_of", lambda *arguments: given.append(arguments) or 0)
+    experiment.measure(run, experiment.measures_of(chosen("embedding-epochs"), {}, "smoke"))
     checkpoints = [run / "checkpoints" / f"step-{step:08d}" for step in (8, 12)]
     assert [Path(arguments[3]) for arguments in given] == checkpoints
     assert {arguments[4:] for arguments in given} == {("knn", "embedding_plot")}
     made_runs.measure(run, 12, made_runs.record("knn", {"top1_k20": 70.0}))
     given.clear()
-    experiment.measure(run, experiment.Measures.of(chosen("embedding-epochs"), "smoke"))
+    experiment.measure(run, experiment.measures_of(chosen("embedding-epochs"), {}, "smoke"))
     assert [arguments[4:] for arguments in given] == [("knn", "embedding_plot"), ("embedding_plot",)]
 
 
@@ -203,13 +204,13 @@ def test_a_run_that_a_bad_step_stopped_is_left_out(experiment, digits, tmp_path,
 
 def test_transfer_is_measured_on_other_data_which_the_settings_name(experiment, lists, chosen, tmp_path):
     run = made_runs.make_run(tmp_path / "a")
-    measures = experiment.Measures.of(chosen("transfer"), "smoke")
+    measures = experiment.measures_of(chosen("transfer"), {}, "smoke")
     other = {"dir": "data/digits", "digest": "another"}
     metrics = {"linear_top1": 60.0, "finetune_top1": 70.0}
     record = made_runs.record("transfer", metrics, data=other, settings={"data": "data/digits", "epochs": 4})
     made_runs.measure(run, 12, record)
     assert experiment.not_measured(run, measures) == []
-    assert experiment.not_measured(run, experiment.Measures.of(chosen("transfer"), "cifar")) == ["transfer"]
+    assert experiment.not_measured(run, experiment.measures_of(chosen("transfer"), {}, "cifar")) == ["transfer"]
 
 
 def finish(trial, digest, knn, linear):

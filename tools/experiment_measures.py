@@ -1,0 +1,73 @@
+"""What an experiment measures of its runs: by the programs of this checkout, and only what is not known yet."""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from varscale.config import parse_section
+from varscale.engine.rundir import find_checkpoint, find_checkpoints, read_manifest, read_results
+from varscale.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+CHOICES = {"k", "percent", "shots", "methods"}  # settings of evaluators that only say which metrics there are
+
+Columns = dict[str, tuple[str, str]]  # title -> evaluator and its metric
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What an experiment measures: its columns, settings of their evaluators as `evaluate` takes them, and whether of
+    every checkpoint that a run has kept."""
+
+    columns: Columns
+    settings: list[str]
+    of_every_checkpoint: bool = False
+
+
+def measure(run: Path, measures: Measures) -> None:
+    """What the columns tell of a run's checkpoints, unless it is known. Raises UserError where that fails."""
+    places = reversed(find_checkpoints(run)) if measures.of_every_checkpoint else [run]
+    for place in places:
+        if missing := not_measured(place, measures):
+            settings = [text for text in measures.settings if text.partition(".")[0] in missing]
+            if code := code_of("-m", "varscale.evaluate", "--checkpoint", str(place), *missing, *settings):
+                raise UserError(f"{place}: evaluation ended with exit code {code}; the same command goes on")
+
+
+def not_measured(place: Path, measures: Measures) -> list[str]:
+    """The evaluators of which a column's metric is not known, though others of theirs may be, as with `knn.k=[5]`."""
+    found = results(place, measures.settings)
+    columns = measures.columns.values()
+    return list(
+        dict.fromkeys(name for name, metric in columns if metric not in found.get(name, {"metrics": {}})["metrics"])
+    )
+
+
+def results(place: Path, settings: list[str]) -> dict[str, dict]:
+    """By evaluator, the records of a checkpoint's (a run's newest) encoder: in float32, with these settings and
+    otherwise the default ones, on the data it was trained on; only `transfer` is on other data."""
+    from varscale.evaluation import Settings
+
+    wanted = parse_section(Settings, {}, "settings", settings).model_dump(mode="json")
+    try:
+        digest = read_manifest(find_checkpoint(place)[0])["data_digest"]
+        records = read_results(place)
+    except UserError:  # not measured yet
+        return {}
+    found = {}
+    for record in records:
+        name, precision = record["evaluator"], record.get("precision", "float32")
+        asked = {key: value for key, value in wanted.get(name, {}).items() if key not in CHOICES}
+        is_so = all(record["settings"].get(key, value) == value for key, value in asked.items())
+        on_its_data = record["data"]["digest"] == digest or name == "transfer"
+        if record["model"] == "trained" and precision == "float32" and is_so and on_its_data:
+            found[name] = record
+    return found
+
+
+def code_of(*arguments: str) -> int:
+    """Run a program of this checkout in the folder from which relative paths were given; its exit code."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return subprocess.run([sys.executable, *arguments], env=os.environ | {"PYTHONPATH": path}).returncode
