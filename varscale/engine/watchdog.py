@@ -60,12 +60,19 @@ class Watchdog:
         rank, world_size = self.ranks.rank, self.ranks.world_size
         print(
             f"\nwatchdog: rank {rank} of {world_size} on {os.uname().nodename} has done nothing for {self.seconds:g} s "
-            f"(safety.watchdog_seconds); the last step it saw done was {self.step}. Where it stands:",
+            f"(safety.watchdog_seconds); the last step it saw done was {self.step}. Where it stands:\n{_stacks()}",
             file=sys.stderr,
         )
-        faulthandler.dump_traceback(all_threads=True)
         time.sleep(FAREWELL)
         os._exit(PREEMPTED)
+
+
+def _stacks() -> str:
+    """Of all threads, to be printed in one piece: faulthandler writes a word at a time, and the ranks share a log."""
+    with open(os.memfd_create("stacks"), "w+") as file:
+        faulthandler.dump_traceback(file, all_threads=True)
+        file.seek(0)
+        return file.read()
 
 
 def _end_because_of(cause: str) -> NoReturn:
