@@ -256,9 +256,14 @@ def test_workers_end_with_a_killed_conversion(running):
         time.sleep(0.05)
 
 
-def test_a_killed_worker_is_told(running, tmp_path):
+def test_workers_killed_while_they_write_are_told(running, tmp_path):
+    """They wait in the middle of a result, since the process that reads it is held."""
     workers = [child for child in children(running.pid) if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
-    os.kill(workers[-1], signal.SIGKILL)
+    running.send_signal(signal.SIGSTOP)
+    time.sleep(2)
+    for worker in workers:
+        os.kill(worker, signal.SIGKILL)
+    running.send_signal(signal.SIGCONT)
     _, errors = running.communicate(timeout=20)
     assert running.returncode == 2
     assert "convert_dataset.py: a worker process died" in errors
