@@ -41,6 +41,7 @@ from varscale.evaluation.features import Encode
 from varscale.evaluation.images import Images, check_labelled
 from varscale.evaluation.results import Report
 from varscale.models.embedding import classifier_head, embedding_head
+from varscale.models.precision import view_format
 
 PIXEL_SIDE = 32
 TRAINED, UNTRAINED, PIXELS = "trained", "untrained", "pixels"
@@ -198,7 +199,7 @@ def _model(name: str, encoder: nn.Module, head: nn.Module | None, config: Config
 
 def frozen(encoder: nn.Module, config: Config, accelerator: Accelerator) -> Encode:
     """An encoder in evaluation mode on this rank's device, under the accelerator's mixed precision."""
-    layout = torch.channels_last if config.compute.channels_last else torch.contiguous_format
+    _, layout = view_format(config.compute)
     encoder = encoder.eval().requires_grad_(False).to(accelerator.device, memory_format=layout)
 
     def encode(images: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from varscale.config import BatchSizes, Config, zero_stage
 from varscale.engine.learners import Learner, MicroBatch
+from varscale.models.precision import autocast, view_format
 from varscale.triton_launch import can_launch
 
 STATES = {"sgd": 1, "lars": 1, "adamw": 2}  # float32 tensors an optimizer keeps per parameter
@@ -88,7 +89,6 @@ def simulated_peak(config: Config, sizes: BatchSizes, learner: Learner, *, keeps
     with mode:
         count = min(SIMULATED, sizes.gradient_accumulation_steps)
         micro_batches = [_micro_batch(config, sizes, device) for _ in range(count)]
-        autocast = torch.autocast(device, torch.bfloat16, enabled=config.compute.precision == "bfloat16")
         tensors = [t for m in _modules(learner) for t in (*m.parameters(), *m.buffers())]
         live.ignore([*tensors, *(t for batch in micro_batches for t in (*batch.views, batch.labels, batch.indices))])
         if not keeps_gradients:
@@ -96,7 +96,7 @@ def simulated_peak(config: Config, sizes: BatchSizes, learner: Learner, *, keeps
                 parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
 
         def forward(*views: Tensor) -> object:
-            with autocast:
+            with autocast(config.compute, device):
                 return learner.network(*views)
 
         with live:
@@ -159,8 +159,7 @@ def _without_memory(learner: Learner, mode: FakeTensorMode, device: str) -> Lear
 
 def _micro_batch(config: Config, sizes: BatchSizes, device: str) -> MicroBatch:
     images = sizes.micro_batch_size
-    dtype = torch.bfloat16 if config.compute.precision == "bfloat16" else torch.float32
-    layout = torch.channels_last if config.compute.channels_last else torch.contiguous_format
+    dtype, layout = view_format(config.compute)
     views = tuple(
         torch.empty((count * images, 3, size, size), dtype=dtype, device=device, memory_format=layout)
         for size, count in config.data.views_by_size.items()

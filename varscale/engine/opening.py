@@ -20,6 +20,7 @@ from varscale.engine.learners import Learner, MicroBatch
 from varscale.engine.optimizers import build_optimizer
 from varscale.engine.phases import in_phase, phase
 from varscale.engine.zero import build_engine, partition_companion, partition_group
+from varscale.models.precision import view_format
 
 STEPS_PER_COLLECTION = 50  # of garbage: the same steps on every rank
 
@@ -123,8 +124,7 @@ def _open_views(job: Job, ranks: Ranks) -> tuple[ViewLoader, Callable[[Batch, in
         on_bad_sample=d.on_bad_sample,
         decoder=d.loader,
     )
-    # Autocast would round the first layer's input to bfloat16 anyway.
-    dtype = torch.bfloat16 if config.compute.precision == "bfloat16" else torch.float32
+    dtype, layout = view_format(config.compute)
     augmentations, first_view = [], 0
     for size, count in d.views_by_size.items():
         settings = (d.augmentation, count, size, info.mean, info.std, config.seed, first_view, dtype)
@@ -135,8 +135,6 @@ def _open_views(job: Job, ranks: Ranks) -> tuple[ViewLoader, Callable[[Batch, in
         first_view += count
 
     upload = in_phase("copy")(Upload(ranks.device))
-    # The layout of the input decides the layout of every activation; DeepSpeed wants plain parameters.
-    layout = torch.channels_last if config.compute.channels_last else torch.contiguous_format
 
     @in_phase("augment")
     def augment(batch: Batch, epoch: int) -> MicroBatch:

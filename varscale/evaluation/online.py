@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 
 from varscale.config import Config
@@ -11,6 +10,7 @@ from varscale.data.geometry import training_crops
 from varscale.evaluation import knn
 from varscale.evaluation.context import Context, Place
 from varscale.evaluation.images import Images
+from varscale.models.precision import autocast
 
 
 class OnlineKNN:
@@ -36,7 +36,7 @@ class OnlineKNN:
         self.epochs = config.schedule.epochs
         self.network, self.place, self.heartbeat = network, place, heartbeat
         self.accuracy = f"top1_k{config.online_knn.k}"
-        self.autocast = config.compute.precision == "bfloat16"
+        self.compute = config.compute
         self.settings = knn.Settings(k=(config.online_knn.k,), temperature=config.online_knn.temperature)
         data = config.data
         self.images = Images(
@@ -66,5 +66,5 @@ class OnlineKNN:
 
     def _encode(self, images: Tensor) -> Tensor:
         self.heartbeat()
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.autocast):
+        with autocast(self.compute, images.device):
             return self.network.encoder(images)

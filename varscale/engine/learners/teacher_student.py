@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from varscale.config import Config
@@ -11,6 +10,7 @@ from varscale.engine.phases import in_phase
 from varscale.engine.schedules import teacher_momentum
 from varscale.engine.zero import drop_whole_copies, finish_changes, local_part
 from varscale.models.networks import StudentNetwork
+from varscale.models.precision import autocast
 from varscale.models.teacher import MomentumTeacher
 from varscale.objectives.collapse import effective_rank, spread
 
@@ -31,7 +31,7 @@ class TeacherStudentLearner(Learner):
         self.teacher = MomentumTeacher(network)
         self.view_loss = view_loss
         self.objective = config.objective
-        self.autocast = config.compute.precision == "bfloat16"
+        self.compute = config.compute
         self.large_views = config.data.views
         self.total_steps = total_steps
 
@@ -44,7 +44,7 @@ class TeacherStudentLearner(Learner):
     def teacher_outputs(self, batch: MicroBatch) -> list:
         """What the teacher says of each large view: small crops say too little to learn from."""
         large = batch.views[0]
-        with torch.autocast(large.device.type, torch.bfloat16, enabled=self.autocast):
+        with autocast(self.compute, large.device):
             return by_view(self.teacher(large), len(batch.labels))
 
     @in_phase("EMA")
