@@ -19,7 +19,7 @@ from varscale.errors import UserError
 from varscale.evaluation import linear_cached
 from varscale.evaluation.context import Context, Result, percent
 from varscale.evaluation.images import check_labelled
-from varscale.evaluation.linear import LinearProbe
+from varscale.evaluation.linear import hits_of, zero_layer
 
 MOMENTUM = 0.9
 
@@ -74,8 +74,8 @@ def finetune(context: Context, settings: Settings) -> dict[str, float]:
     batch_size = min(settings.batch_size, loader.num_samples)
     steps = loader.num_samples // batch_size
     encoder = deepcopy(context.encoder).requires_grad_(True).train()
-    probe = LinearProbe(encoder.feature_dim, context.num_classes, device)
-    parameters = [*encoder.parameters(), *probe.layer.parameters()]
+    classifier = zero_layer(encoder.feature_dim, context.num_classes, device)
+    parameters = [*encoder.parameters(), *classifier.parameters()]
     optimizer = torch.optim.SGD(parameters, lr=settings.lr, momentum=MOMENTUM, weight_decay=settings.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: 0.5 + 0.5 * math.cos(math.pi * step / (steps * settings.epochs))
@@ -87,13 +87,13 @@ def finetune(context: Context, settings: Settings) -> dict[str, float]:
         with closing(loader.batches(order.reshape(steps, batch_size), epoch)) as batches:
             for batch in batches:
                 views = normalise(batch.images[0].to(device), batch.indices, epoch)
-                loss = F.cross_entropy(probe.layer(encoder(views)), batch.labels.to(device))
+                loss = F.cross_entropy(classifier(encoder(views)), batch.labels.to(device))
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
                 schedule.step()
     val = _alone(context, encoder.eval()).val
-    hits = probe.count_hits(val)
+    hits = hits_of(classifier, val, device)
     return {f"top{n}": percent(hits[i], len(val.labels)) for i, n in ((0, 1), (1, 5))}
 
 
