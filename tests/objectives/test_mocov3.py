@@ -1,9 +1,10 @@
-"""MoCo v3 equals a transcription of its pseudo-code, in bounded memory; nothing reaches the teacher."""
+"""MoCo v3 equals pytorch-metric-learning and a transcription, in bounded memory; nothing reaches the teacher."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from largest_tensor import LargestTensor
+from pytorch_metric_learning.losses import NTXentLoss
 
 from varscale.objectives.blocks import LOGITS_PER_BLOCK
 from varscale.objectives.mocov3 import mocov3_loss
@@ -31,6 +32,18 @@ def test_it_equals_the_pseudo_code(temperature):
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
     cosines = [F.cosine_similarity(q[a], k[1 - a]).mean() for a in (0, 1)]
     assert terms["cosine"].item() == pytest.approx(sum(cosines).item() / 2)
+
+
+@pytest.mark.parametrize("temperature", [0.2, 1.0])
+def test_it_equals_pytorch_metric_learning(temperature):
+    """Its NT-Xent of queries against keys as references: of each pair of views, times 2 tau."""
+    q, k = random_views(2), random_views(2, seed=1)
+    contrast, samples = NTXentLoss(temperature), torch.arange(len(q[0]))
+    expected = sum(contrast(q[a], samples, ref_emb=k[1 - a].detach(), ref_labels=samples.clone()) for a in (0, 1))
+    loss, _ = mocov3_loss(q, k, temperature=temperature)
+    torch.testing.assert_close(loss, 2 * temperature * expected, rtol=0, atol=1e-6)
+    ours, theirs = (torch.autograd.grad(value, q) for value in (loss, 2 * temperature * expected))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
 
 
 def test_more_views_are_twice_the_average_over_ordered_pairs():
