@@ -100,6 +100,7 @@ def test_kernels_and_idle_time_of_a_gpu_add_up(varcon):
     assert all(line["device_memory_peak_gib"] > 0 for line in train_lines(varcon[0]))
 
 
+@pytest.mark.slow
 def test_two_ranks_with_a_teacher(vssl_pair):
     run, said = vssl_pair
     found = json.loads((run / "profile" / "profile.json").read_text())

@@ -52,7 +52,7 @@ def places(digits, repository, tmp_path):
     [
         ("digits-varcon", ["batch.gradient_accumulation_steps=2"]),
         ("digits-vssl", []),
-        ("digits-varcon", ["optimizer.name=lars"]),
+        pytest.param("digits-varcon", ["optimizer.name=lars"], marks=pytest.mark.slow),
         pytest.param("digits-mocov3", ["batch.gradient_accumulation_steps=2"], marks=pytest.mark.slow),
     ],
 )

@@ -35,6 +35,7 @@ def submit_py(repository):
     return run
 
 
+@pytest.mark.slow  # tests/slurm has the same under Slurm itself
 def test_a_job_is_preempted_goes_on_and_ends(submit_py, small_run, tmp_path):
     run = tmp_path / "run"
     options = ["--cluster", "local", "--ranks-per-node", 2, "checkpoint.every_steps=2", f"output_dir={run}"]
