@@ -95,6 +95,18 @@ def test_all_evaluators_and_baselines_in_one_table(run, data, capsys):
     ]
 
 
+def test_both_linear_protocols_stand_beside_each_other(run, data, capsys):
+    for protocol in ("cifar", "imagenet"):
+        new = [f"linear.protocol={protocol}", "linear.epochs=2", "--batch-size", "16"]
+        assert main(["--checkpoint", str(run), "linear", *new]) == 0
+        AcceleratorState._reset_state(reset_partial_state=True)
+    rows = [line.split()[:2] for line in capsys.readouterr().out.splitlines() if "top1" in line]
+    assert rows == [["linear", "top1"], ["linear", "(imagenet)"]]
+    records = json.loads((run / "evaluation" / "step-00000042.json").read_text())["results"]
+    assert [record["variant"] for record in records] == ["", "imagenet"]
+    assert records[1]["settings"] == {"protocol": "imagenet", "epochs": 2, "lr": 1.2, "batch_size": TRAIN}
+
+
 def test_the_columns_of_experiments_are_metrics_that_there_are(repository, tmp_path):
     lists = yaml.safe_load((repository / "tools" / "experiments.yaml").read_text())
     tables = [lists["columns"], *(one["columns"] for one in lists["experiments"].values() if "columns" in one)]

@@ -78,7 +78,8 @@ def run(context: Context, settings: Settings) -> Result:
     hits = hits_of(probe.logits, context.val, device)
     total = len(context.val.labels)
     described = settings.model_dump() | {"epochs": epochs, "lr": lr, "batch_size": batch_size}
-    return Result({"top1": percent(hits[0], total), "top5": percent(hits[1], total)}, described)
+    metrics = {"top1": percent(hits[0], total), "top5": percent(hits[1], total)}
+    return Result(metrics, described, variant="" if settings.protocol == "cifar" else settings.protocol)
 
 
 def share_by_milestones(epoch: float, epochs: int) -> float:
@@ -100,7 +101,7 @@ PROTOCOLS = {
     ),
     "imagenet": Protocol(
         90,
-        0.05 * 6144 / 256,
+        1.2,  # 0.05 x 6144 / 256
         6144,
         share_by_half_epochs,
         lambda parameters: RMSProp(parameters, decay=0.9, momentum=MOMENTUM, eps=1e-3, weight_decay=1e-6),
