@@ -227,7 +227,7 @@ def test_an_interrupted_conversion_tells_what_it_keeps(running, tmp_path, number
         os.killpg(running.pid, number)  # a terminal's Ctrl-C reaches the workers, too
     else:
         running.send_signal(number)
-    _, errors = running.communicate(timeout=20)
+    _, errors = running.communicate(timeout=60)
     assert running.returncode == 130
     assert "convert_dataset.py: interrupted; " in errors
     assert "Traceback" not in errors
@@ -264,7 +264,7 @@ def test_workers_killed_while_they_write_are_told(running, tmp_path):
     for worker in workers:
         os.kill(worker, signal.SIGKILL)
     running.send_signal(signal.SIGCONT)
-    _, errors = running.communicate(timeout=20)
+    _, errors = running.communicate(timeout=60)
     assert running.returncode == 2
     assert "convert_dataset.py: a worker process died" in errors
     assert "Traceback" not in errors
