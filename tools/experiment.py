@@ -122,15 +122,17 @@ def plan(experiment: dict, scale: dict, options: argparse.Namespace) -> list[Tri
         raise UserError(f"--only: no run is called {' or '.join(sorted(unknown))}; choose from {', '.join(of_all)}")
     for label in options.only or of_all:
         overrides = of_all[label]
-        objective = next((text.partition("=")[2] for text in overrides if text.startswith("objective=")), None)
-        recipe = scale["recipe"].format(objective=objective or experiment["objective"])
+        named = next((text.partition("=")[2] for text in overrides if text.startswith("objective=")), None)
+        objective = named or experiment["objective"]
         own = [text for text in overrides if not text.startswith("objective=")]
         check_set(options.set, label, own)
-        of_all_runs = [*scale["overrides"], *experiment.get("overrides", {}).get(options.scale, [])]
+        scales_own = [*scale["overrides"], *scale.get("of_objective", {}).get(objective, [])]
+        shared = [*scales_own, *experiment.get("overrides", {}).get(options.scale, [])]
+        recipe = scale["recipe"].format(objective=objective)
         for seed in range(options.seeds):
             run = folder_of(experiment["runs_of"], options) / f"{_as_file_name(label)}-seed{seed}"
             last = [f"seed={seed}", f"data.dir={options.data or scale['data']}", f"output_dir={run}"]
-            trials.append(Trial(label, load_config(recipe, [*of_all_runs, *own, *options.set, *last])))
+            trials.append(Trial(label, load_config(recipe, [*shared, *own, *options.set, *last])))
     return trials
 
 

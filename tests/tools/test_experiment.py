@@ -66,6 +66,15 @@ def test_what_an_experiment_says_goes_over_its_scale_and_what_a_person_says_over
     }
 
 
+def test_a_scale_overrides_for_one_objective_alone_and_a_run_overrides_that(experiment, lists, chosen):
+    scale = lists["scales"]["smoke"]
+    of_all = experiment.plan(chosen("compare"), scale, options())
+    momenta = {one.label: one.config.objective.teacher_momentum for one in of_all if one.label in scale["of_objective"]}
+    assert momenta == {"vssl": 0.999, "byol": 0.999, "mocov3": 0.999}
+    (faster,) = experiment.plan(chosen("vssl"), scale, options(only=["teacher momentum 0.97"]))
+    assert faster.config.objective.teacher_momentum == 0.97
+
+
 SHARED = ("data", "encoder", "optimizer", "schedule", "batch", "compute")
 
 
