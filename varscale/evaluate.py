@@ -14,6 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ if not __package__:  # run as a file: its folder, first on sys.path, would hide 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -44,6 +45,7 @@ from varscale.models.embedding import classifier_head, embedding_head
 from varscale.models.precision import view_format
 
 PIXEL_SIDE = 32
+PATIENCE = timedelta(hours=2)  # of ranks that have done their part of what is not computed in step
 TRAINED, UNTRAINED, PIXELS = "trained", "untrained", "pixels"
 
 
@@ -130,7 +132,11 @@ def evaluate(options: argparse.Namespace) -> list[dict]:
 
     # Said outright, for without a GPU accelerate would take each rank of torchrun for a program of its own.
     on_cpu = not torch.accelerator.is_available()
-    accelerator = Accelerator(cpu=on_cpu, mixed_precision="bf16" if options.precision == "bfloat16" else "no")
+    accelerator = Accelerator(
+        cpu=on_cpu,
+        mixed_precision="bf16" if options.precision == "bfloat16" else "no",
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+    )
     images = open_images(directory, info, trained_on, config, options.workers or _workers())
     place = Place(
         device=accelerator.device,

@@ -112,3 +112,22 @@ def test_scores_that_are_not_numbers_hit_nothing():
 
 def test_percent():
     assert percent(torch.tensor(3), 8) == 37.5
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+def test_ranks_share_tasks_and_all_know_all_answers(world_size):
+    tasks, parts, done = [3, 1, 4, 1, 5], {}, []
+
+    def square(task):
+        done.append(task)
+        return task**2 / 7
+
+    def answers(rank, gather):
+        return Place(torch.device("cpu"), rank=rank, world_size=world_size, gather=gather).share(tasks, square)
+
+    for rank in range(world_size):
+        answers(rank, lambda row, rank=rank: parts.setdefault(rank, row).expand(world_size, -1))
+    assert sorted(done) == sorted(tasks), "each is computed once"
+    for rank in range(world_size):
+        found = answers(rank, lambda _: torch.cat([parts[rank] for rank in range(world_size)]))
+        assert found == [task**2 / 7 for task in tasks]

@@ -1,10 +1,11 @@
 """What an evaluator is given and what it gives back: one frozen encoder on one converted data set."""
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from varscale.evaluation.features import Encode, Features, Gather, encode_batche
 from varscale.evaluation.images import Images
 
 Layer = Literal["features", "embeddings"]
+Task = TypeVar("Task")
 CHUNK = 4096
 PERCENT, NUMBER = "%", ""
 
@@ -43,6 +45,15 @@ class Place:
             "device": self.device,
             "gather": self.gather,
         }
+
+    def share(self, tasks: Sequence[Task], compute: Callable[[Task], float]) -> list[float]:
+        """`compute` of each task, the same list on every rank; every rank computes its part of them."""
+        mine = [compute(task) for task in tasks[self.rank :: self.world_size]]
+        if self.world_size == 1:
+            return mine
+        row = torch.zeros(math.ceil(len(tasks) / self.world_size), dtype=torch.float64, device=self.device)
+        row[: len(mine)] = torch.tensor(mine, dtype=torch.float64)
+        return self.gather(row[None]).T.flatten()[: len(tasks)].tolist()
 
 
 @dataclass

@@ -43,23 +43,29 @@ def run(context: Context, settings: Settings) -> Result:
 
     Every class gives its share of the images. The features are moved to zero mean and scaled to a mean squared norm of
     1, both measured on the labelled images alone. The penalty is fixed beforehand for all: nothing is chosen, neither
-    on validation images nor on others.
+    on validation images nor on others. The ranks share the draws.
     """
     train, val, seed = context.train, context.val, context.images.seed
     counts = np.bincount(train.labels.numpy(), minlength=context.num_classes)
     quotas = {f"top1_{p:g}pct": np.maximum(1, np.rint(counts * p / 100)).astype(int) for p in settings.percent}
     quotas |= {f"top1_{n}shot": np.full(len(counts), n) for n in settings.shots}
+    draws = [(name, number) for name in quotas for number in range(settings.seeds)]
+    bar = tqdm(total=len(draws), desc="few-shot", unit="fit", disable=not context.place.show_progress, leave=False)
+
+    def fit(name_and_number: tuple[str, int]) -> float:
+        name, number = name_and_number
+        rows = per_class(train.labels, quotas[name], seed, number)
+        accuracy = logistic_accuracy(*_take(train, rows), val, settings.c)
+        bar.update(context.place.world_size)
+        return accuracy
+
     metrics, details = {}, {}
-    hidden = not context.place.show_progress
-    with tqdm(total=len(quotas) * settings.seeds, desc="few-shot", unit="fit", disable=hidden, leave=False) as bar:
-        for name, quota in quotas.items():
-            found = []
-            for draw_number in range(settings.seeds):
-                rows = per_class(train.labels, quota, seed, draw_number)
-                found.append(logistic_accuracy(*_take(train, rows), val, settings.c))
-                bar.update()
-            metrics[name], metrics[f"{name}_ci95"] = estimate(found)
-            details[name] = {"images": int(np.minimum(quota, counts).sum()), "top1": found}
+    with bar:
+        accuracies = dict(zip(draws, context.place.share(draws, fit), strict=True))
+    for name, quota in quotas.items():
+        found = [accuracies[name, number] for number in range(settings.seeds)]
+        metrics[name], metrics[f"{name}_ci95"] = estimate(found)
+        details[name] = {"images": int(np.minimum(quota, counts).sum()), "top1": found}
     described = settings.model_dump() | {"features": "centred, mean squared norm 1", "penalty": "l2, fixed beforehand"}
     short = [f"{n} shots: some classes have fewer images" for n in settings.shots if n > counts[counts > 0].min()]
     notes = ("one draw has no interval",) if settings.seeds == 1 else ()
