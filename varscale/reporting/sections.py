@@ -56,7 +56,10 @@ def _overview(runs: Sequence[Run]) -> Section:
 
 def _results(runs: Sequence[Run], columns: Sequence[Subject]) -> Section:
     blocks: list[Block] = []
-    told = "All that was measured on each run's newest measured checkpoint; ± is half the width of a 95 % interval"
+    told = (
+        "All that was measured on each run's newest measured checkpoint, on its data's held-out images unless a row "
+        "names others; ± is half the width of a 95 % interval"
+    )
     if summary := tables.over_seeds(columns):
         blocks += [Paragraph(f"{told}, of the mean over seeds."), summary]
     if table := tables.metrics(columns):

@@ -137,11 +137,9 @@ def _ours(subject: Subject, protocol: str) -> str:
 
 
 def data_names(records: Iterable[dict], own: set[str]) -> dict[str, str]:
-    """A name for each data set that was measured on; empty where it is the only one and, of `own`, was trained on."""
+    """A name for each data set that was measured on; empty for the one that all were trained on."""
     places = {data_of(record): Path(record.get("data", {}).get("dir", "")).name for record in records}
-    if len(places) < 2 and places.keys() <= own:
-        return dict.fromkeys(places, "")
-    return {digest: f"on {name} ({digest[:8]})" for digest, name in places.items()}
+    return {digest: "" if own == {digest} else f"on {name} ({digest[:8]})" for digest, name in places.items()}
 
 
 def over_checkpoints(run: Run) -> Table | None:
