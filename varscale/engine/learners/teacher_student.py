@@ -69,7 +69,7 @@ class TeacherStudentLearner(Learner):
         return (
             f"the latents are collapsing: spread {shown['spread']:.3f} (1 is healthy, 0 is one point for all images), "
             f"effective rank {shown['effective_rank']:.1f} (of {self.objective.latent_dim}; 1 is a line); "
-            "a lower learning rate or less weight decay may help"
+            "a slower teacher (objective.teacher_momentum) or a lower learning rate may help"
         )
 
     def companions(self) -> dict[str, nn.Module]:
