@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from varscale.evaluation.features import Features
-from varscale.evaluation.linear import PROTOCOLS, LinearProbe, hits_of, regroup
+from varscale.evaluation.linear import PROTOCOLS, LinearProbe, Settings, hits_of, regroup
 from varscale.evaluation.rmsprop import RMSProp
 
 CPU = torch.device("cpu")
@@ -13,6 +13,12 @@ CPU = torch.device("cpu")
 def stream(sizes: list[int]) -> list[Features]:
     rows = torch.arange(sum(sizes))
     return [Features(part[:, None].float(), part % 3, part) for part in rows.split(sizes)]
+
+
+def test_what_is_not_asked_for_is_the_protocols_own():
+    assert Settings() == Settings(protocol="cifar", epochs=100, lr=5.0)
+    assert Settings(protocol="imagenet") == Settings(protocol="imagenet", epochs=90, lr=1.2)
+    assert Settings(protocol="imagenet", lr=0.5) == Settings(protocol="imagenet", epochs=90, lr=0.5)
 
 
 @pytest.mark.parametrize(("epochs", "falls"), [(100, [60, 75, 90]), (20, [12, 15, 18])])
@@ -86,11 +92,12 @@ def test_imagenets_update_is_tensorflows_on_smoothed_labels_and_unit_norm_featur
 
 
 def test_rmsprop_is_timms():
-    timm = pytest.importorskip("timm.optim")
+    from timm.optim import RMSpropTF
+
     torch.manual_seed(0)
     first, second = (torch.nn.Parameter(start) for start in torch.randn(7, 4).expand(2, 7, 4).clone())
     ours = RMSProp([first], decay=0.9, momentum=0.9, eps=1e-3, weight_decay=1e-2)
-    theirs = timm.RMSpropTF([second], alpha=0.9, momentum=0.9, eps=1e-3, weight_decay=1e-2)
+    theirs = RMSpropTF([second], alpha=0.9, momentum=0.9, eps=1e-3, weight_decay=1e-2)
     for lr in (0.0, 0.1, 1.2, 0.3, 0.3):
         first.grad = torch.randn(7, 4)
         second.grad = first.grad.clone()

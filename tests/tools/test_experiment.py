@@ -189,6 +189,14 @@ def test_what_was_measured_otherwise_is_not_what_the_table_shows(experiment, tmp
     assert experiment.results(run, ["corruption.dir=cifar10c"])["corruption"]["metrics"] == {"clean_knn": 11.0}
 
 
+def test_a_linear_layer_measured_by_default_is_known(experiment, tmp_path):
+    run = made_runs.make_run(tmp_path / "a")
+    settings = {"protocol": "cifar", "epochs": 100, "lr": 5.0, "batch_size": 60}  # as linear.py records them
+    made_runs.measure(run, 12, made_runs.record("linear", {"top1": 50.0}, settings=settings))
+    assert experiment.results(run, [])["linear"]["metrics"] == {"top1": 50.0}
+    assert experiment.results(run, ["linear.protocol=imagenet"]) == {}
+
+
 def test_every_checkpoint_is_measured_where_the_experiment_says_so(experiment, chosen, tmp_path, monkeypatch):
     run, given = made_runs.make_run(tmp_path / "a"), []
     monkeypatch.setattr(experiment_measures, "code_of", lambda *arguments: given.append(arguments) or 0)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Literal, NamedTuple
 
 import torch
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
@@ -25,11 +25,18 @@ CHUNK = 1024  # validation samples classified at a time
 
 class Settings(Section):
     """protocol: cifar's is that of VarCon's and SupCon's code, imagenet's that of SupCon's for ImageNet. epochs, over
-    the training images, and lr, at its greatest: null for the protocol's own."""
+    the training images, and lr, at its greatest: by default the protocol's own."""
 
     protocol: Literal["cifar", "imagenet"] = "cifar"
-    epochs: PositiveInt | None = None
-    lr: PositiveFloat | None = None
+    epochs: PositiveInt = 100
+    lr: PositiveFloat = 5.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _the_protocols_own(cls, given: dict) -> dict:
+        """Filled in here, so that what is recorded is what was asked for."""
+        own = PROTOCOLS.get(given.get("protocol", "cifar"))
+        return {"epochs": own.epochs, "lr": own.lr} | given if own else given
 
 
 class Protocol(NamedTuple):
@@ -62,7 +69,7 @@ def run(context: Context, settings: Settings) -> Result:
     Sources: SupCon, arXiv 2004.11362: for CIFAR its PyTorch code, for ImageNet its TensorFlow code.
     """
     protocol = PROTOCOLS[settings.protocol]
-    epochs, lr = settings.epochs or protocol.epochs, settings.lr or protocol.lr
+    epochs, lr = settings.epochs, settings.lr
     samples, device = context.images.loader("train", context.images.random_crop).num_samples, context.place.device
     batch_size = min(protocol.batch_size, samples)
     steps = math.ceil(samples / batch_size)
@@ -77,7 +84,7 @@ def run(context: Context, settings: Settings) -> Result:
             bar.update()
     hits = hits_of(probe.logits, context.val, device)
     total = len(context.val.labels)
-    described = settings.model_dump() | {"epochs": epochs, "lr": lr, "batch_size": batch_size}
+    described = settings.model_dump() | {"batch_size": batch_size}
     metrics = {"top1": percent(hits[0], total), "top5": percent(hits[1], total)}
     return Result(metrics, described, variant="" if settings.protocol == "cifar" else settings.protocol)
 
