@@ -9,8 +9,9 @@
 The experiments are lists in tools/experiments.yaml. Given again, the command goes on where it was interrupted: finished
 runs are not trained again, and what was measured is not measured again. With --submit the runs become one Slurm job
 array (what else is given goes to slurm/submit.py); the same command without it measures them once they are done. The
-table has every run that was measured with these settings, also by an earlier command with another --only or --seeds;
-the page is the report of all these runs. Experiments that only measure something else share their runs.
+table has every run that came to its end with these settings and was measured, also by an earlier command with another
+--only or --seeds; the page is the report of all these runs. Experiments that only measure something else share their
+runs.
 """
 
 import argparse
@@ -181,7 +182,9 @@ def _as_file_name(label: str) -> str:
 
 def train(config: Config, folder: Path) -> bool:
     """Train a run to its end, from where it stands; whether it got there: some settings of a sweep lead to a loss that
-    is not finite, and such a run is left out. Raises UserError where it fails otherwise."""
+    is not finite, and such a run is left out. Raises UserError where it fails otherwise, or has other settings."""
+    if (config.output_dir / "manifest.json").is_file():
+        check_made(config)
     path = write_config(config, folder)
     code = code_of(str(ROOT / "varscale/train.py"), "--config", str(path), "--resume", "auto")
     if code == BAD_STEP:
@@ -196,14 +199,15 @@ def train(config: Config, folder: Path) -> bool:
 def is_finished(config: Config) -> bool:
     """Whether nothing is left of a run: its newest checkpoint is the last, and its accuracy measured where wanted."""
     checkpoint = latest_checkpoint(config.output_dir)
-    if checkpoint is None or not _is_made(config):
+    if checkpoint is None:
         return False
     from varscale.data.sampling import steps_per_epoch
     from varscale.engine.checkpoints import read_state
 
     try:
+        check_made(config)
         state, epochs = read_state(checkpoint)["state"], config.schedule.epochs
-    except UserError:  # damaged: train.py falls back to the one before
+    except UserError:  # of other settings, or damaged: train.py falls back to the checkpoint before
         return False
     images = read_dataset_info(config.data.dir).num_samples("train")
     is_measured = not config.online_knn.every_epochs or state["epochs_measured"] == epochs
@@ -219,7 +223,7 @@ def write_config(config: Config, folder: Path) -> Path:
 
 
 def all_measured(experiment: dict, scale: dict, options: argparse.Namespace, measures: Measures) -> list[Trial]:
-    """Those of an experiment's runs, of any name and seed, that were made with these settings and measured."""
+    """Those of an experiment's runs, of any name and seed, that ended with these settings and were measured."""
     runs = folder_of(experiment["runs_of"], options).glob("*-seed[0-9]*")
     seeds = [int(run.name.rpartition("-seed")[2]) + 1 for run in runs]
     trials: list[Trial] = []
@@ -227,17 +231,14 @@ def all_measured(experiment: dict, scale: dict, options: argparse.Namespace, mea
         one = argparse.Namespace(**vars(options) | {"only": [label], "seeds": max(seeds, default=1)})
         with suppress(UserError):  # overrides for some of the runs need not fit the others
             trials += plan(experiment, scale, one)
-    return [one for one in trials if _is_made(one.config) and not not_measured(one.config.output_dir, measures)]
+    return [one for one in trials if is_finished(one.config) and not not_measured(one.config.output_dir, measures)]
 
 
-def _is_made(config: Config) -> bool:
-    """Whether the run in its directory is one of this configuration and data."""
+def check_made(config: Config) -> None:
+    """Raises UserError where the run in its directory is not one of this configuration and data."""
     run = config.output_dir
-    try:
-        refuse_another_run(read_manifest(run), config, read_dataset_info(config.data.dir).digest, run)
-    except UserError:
-        return False
-    return True
+    digest = read_dataset_info(config.data.dir).digest
+    refuse_another_run(read_manifest(run), config, digest, run, same_split=True)
 
 
 def refuse_while_submitted(trials: list[Trial], folder: Path) -> None:

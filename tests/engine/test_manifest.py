@@ -63,6 +63,17 @@ def test_what_may_not(manifest, override, message):
         refuse_another_run(manifest, load_config("digits-varcon", [override]), "digest", "run")
 
 
+def test_centroids_of_micro_batches_want_the_same_micro_batches(tmp_path):
+    micro = ["objective.centroids=micro", f"output_dir={tmp_path}/run"]
+    write_manifest(load_config("digits-varcon", micro), {}, "digest", world_size=1, device="cpu")
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    refuse_another_run(manifest, load_config("digits-varcon", micro), "digest", "run")
+    with pytest.raises(UserError, match="batch.max_micro_batch_size is None there, 8 now"):
+        refuse_another_run(
+            manifest, load_config("digits-varcon", [*micro, "batch.max_micro_batch_size=8"]), "digest", "run"
+        )
+
+
 def test_other_data_is_refused(manifest):
     with pytest.raises(UserError, match="other data"):
         refuse_another_run(manifest, load_config("digits-varcon"), "another digest", "run")

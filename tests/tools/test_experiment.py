@@ -230,14 +230,17 @@ def test_transfer_is_measured_on_other_data_which_the_settings_name(experiment, 
     assert experiment.not_measured(run, experiment.measures_of(chosen("transfer"), {}, "cifar")) == ["transfer"]
 
 
-def finish(trial, digest, knn, linear):
-    """What a run leaves that was trained on data of this digest and measured."""
+STEPS = 4 * (320 // 128)  # of the smoke scale's epochs of the digits
+
+
+def finish(trial, digest, knn, linear, step=STEPS):
+    """What a run leaves that was trained on data of this digest and measured, at its end or before."""
     run = trial.config.output_dir
     write_manifest(trial.config, {}, digest, world_size=1, device="cpu")
-    write_checkpoint(run, 12, {}, {}, keep=1)
+    write_checkpoint(run, step, {}, {"step": step, "epochs_measured": step * 4 // STEPS}, keep=1)
     data = {"dir": "d", "digest": digest}
     records = [("knn", {"top1_k20": knn}), ("linear_cached", {"top1": linear})]
-    made_runs.measure(run, 12, *(made_runs.record(name, metrics, data=data) for name, metrics in records))
+    made_runs.measure(run, step, *(made_runs.record(name, metrics, data=data) for name, metrics in records))
 
 
 def test_the_table_has_all_runs_of_these_settings_that_were_measured(
@@ -251,6 +254,7 @@ def test_the_table_has_all_runs_of_these_settings_that_were_measured(
     for number, key in enumerate([("0.0", 0), ("0.0", 1), ("0.05", 0)]):
         finish(trials[key], digest, 50.0 + number, 60.0 + number)
     finish(trials["0.02", 0], "digest of other data", 1.0, 1.0)
+    finish(trials["0.01", 0], digest, 2.0, 2.0, step=STEPS // 2)
     last = options(**given, only=["0.05"])
     experiment.show("?", measures, experiment.all_measured(content, scale, last, measures), folder)
     rows = [line.split("|")[1:3] for line in (folder / "table.md").read_text().splitlines() if line.startswith("| 0")]
@@ -265,13 +269,29 @@ def test_a_run_is_finished_when_its_last_checkpoint_says_so(experiment, lists, c
     given = options(name="epsilon", out=tmp_path, data=digits, set=["online_knn.every_epochs=0"], only=["0.0"])
     (trial,) = experiment.plan(chosen("epsilon"), lists["scales"]["smoke"], given)
     assert not experiment.is_finished(trial.config)
-    finish(trial, read_dataset_info(digits).digest, 50.0, 60.0)
-    run, steps = trial.config.output_dir, 4 * (320 // 128)
-    for step in (steps - 1, steps):
-        written = write_checkpoint(run, step, {}, {"step": step, "epochs_measured": 0}, keep=2)
-        assert experiment.is_finished(trial.config) == (step == steps)
+    for step in (STEPS - 1, STEPS):
+        finish(trial, read_dataset_info(digits).digest, 50.0, 60.0, step)
+        assert experiment.is_finished(trial.config) == (step == STEPS)
+    written = trial.config.output_dir / "checkpoints" / f"step-{STEPS:08d}"
     (written / "state.json").write_text("{}")
     assert not experiment.is_finished(trial.config), "damaged: train.py has the one before"
+
+
+def test_a_batch_split_otherwise_is_another_run(experiment, lists, chosen, digits, tmp_path, capsys):
+    """Batch normalisations, and centroids of micro-batches, see other statistics."""
+    given = {"name": "epsilon", "out": tmp_path, "data": digits, "only": ["0.0"]}
+    scale = lists["scales"]["smoke"]
+    (trial,) = experiment.plan(chosen("epsilon"), scale, options(**given))
+    finish(trial, read_dataset_info(digits).digest, 50.0, 60.0)
+    split = "batch.max_micro_batch_size=8"
+    (other,) = experiment.plan(chosen("epsilon"), scale, options(**given, set=[split]))
+    assert experiment.is_finished(trial.config)
+    assert not experiment.is_finished(other.config)
+    arguments = ["epsilon", "--only", "0.0", "--data", str(digits), "--out", str(tmp_path), "--set", split]
+    assert experiment.main(arguments) == 2
+    told = capsys.readouterr().err
+    assert "belongs to a run of another configuration: batch.max_micro_batch_size is None there, 8 now" in told
+    assert len(told.splitlines()) == 1
 
 
 def test_settings_that_fit_only_some_runs_give_a_table_of_these(experiment, lists, chosen, measures, digits, tmp_path):

@@ -26,10 +26,9 @@ FREE_KEYS = {
     "data.os_cache",
     "data.on_bad_sample",
     "encoder.activation_checkpointing",
-    "batch.micro_batch_size",
-    "batch.gradient_accumulation_steps",
-    "batch.max_micro_batch_size",
 }
+# So may these where centroids are those of the whole batch, but for what batch normalisations of micro-batches see.
+SPLIT_KEYS = {"batch.micro_batch_size", "batch.gradient_accumulation_steps", "batch.max_micro_batch_size"}
 
 
 def write_manifest(
@@ -61,13 +60,20 @@ def write_manifest(
     replace_text(config.output_dir / "config.yaml", to_yaml(config))
 
 
-def refuse_another_run(manifest: dict, config: Config, data_digest: str, place: Path) -> None:
-    """Raise UserError when the run of `manifest` was made with other settings or data than those now given."""
+def refuse_another_run(
+    manifest: dict, config: Config, data_digest: str, place: Path, *, same_split: bool = False
+) -> None:
+    """Raise UserError when the run of `manifest` was made with other settings or data than those now given.
+
+    same_split: also where a batch was split into other micro-batches; centroids of micro-batches want that in any case.
+    """
     if manifest["data_digest"] != data_digest:
         raise UserError(f"{place}: was trained on other data (digest {manifest['data_digest']}, now {data_digest})")
     then, now = flatten(manifest["config"]), flatten(config.model_dump(mode="json"))
     differing = [k for k in sorted(then.keys() | now.keys()) if then.get(k) != now.get(k)]
-    refused = [k for k in differing if k.partition(".")[0] not in FREE and k not in FREE_KEYS]
+    same_split = same_split or now.get("objective.centroids") == "micro"
+    free = FREE_KEYS if same_split else FREE_KEYS | SPLIT_KEYS
+    refused = [k for k in differing if k.partition(".")[0] not in FREE and k not in free]
     if refused:
         key = refused[0]
         more = f" (and {len(refused) - 1} more: {', '.join(refused[1:4])})" if len(refused) > 1 else ""
