@@ -197,8 +197,8 @@ def test_a_teachers_collapse_is_warned_of(objective):
     assert learner.warning(shown | {"spread": 0.9, "effective_rank": 9.0}) is None
     assert "effective rank 1.2 (of" in learner.warning(shown | {"spread": 0.9, "effective_rank": 1.2})
     with torch.no_grad():
-        learner.network.predictor[3].weight.zero_()
-        learner.network.predictor[3].bias.fill_(1.0)
+        learner.network.predictor[1].weight.zero_()
+        learner.network.predictor[1].bias.fill_(1.0)
     _, shown = gradient(learner, [whole])
     assert shown["spread"] < 1e-3
     assert "collapsing: spread 0.0" in learner.warning(shown)
@@ -208,6 +208,8 @@ def test_mocov3_has_the_heads_of_its_code_for_resnets():
     network = learner_for("cifar10-mocov3", *VIT).network
     *_, hidden, _, _, last = network.projector
     assert (hidden.num_features, last.num_features, last.affine) == (4096, 256, False)
+    linear = [layer for part in (network.projector, network.predictor) for layer in part if type(layer) is nn.Linear]
+    assert [layer.bias for layer in linear] == [None] * 4
     assert [type(layer) for layer in network.predictor] == [nn.Linear, SyncBatchNorm, nn.ReLU, nn.Linear]
 
 

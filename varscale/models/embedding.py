@@ -65,9 +65,9 @@ def _parts(network: Mapping[str, Tensor], feature_dim: int) -> dict[str, nn.Modu
 
 def _mlp(network: Mapping[str, Tensor], name: str) -> nn.Module:
     hidden_dim, in_dim = network[f"{name}.0.weight"].shape
-    normalised = f"{name}.4.running_mean" in network
+    has = {"normalise_output": f"{name}.4.running_mean" in network, "output_bias": f"{name}.3.bias" in network}
     out_dim = len(network[f"{name}.3.weight"])
-    return batch_normalised_mlp(in_dim, hidden_dim, out_dim, normalise_output=normalised, sync_batch_norm=False)
+    return batch_normalised_mlp(in_dim, hidden_dim, out_dim, sync_batch_norm=False, **has)
 
 
 def _below(network: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

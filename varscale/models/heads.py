@@ -36,18 +36,24 @@ class ProjectionHead(nn.Sequential):
 
 
 def batch_normalised_mlp(
-    in_dim: int, hidden_dim: int, out_dim: int, *, normalise_output: bool = False, sync_batch_norm: bool = True
+    in_dim: int,
+    hidden_dim: int,
+    out_dim: int,
+    *,
+    normalise_output: bool = False,
+    output_bias: bool = True,
+    sync_batch_norm: bool = True,
 ) -> nn.Sequential:
     """Linear-BN-ReLU-Linear, (N, in_dim) -> (N, out_dim): projector and predictor, after BYOL.
 
     The first layer has no bias: batch normalisation would subtract it again. normalise_output: a batch normalisation
-    without scale and shift behind it, as in MoCo v3 (arXiv 2104.02057, its code).
+    without scale and shift behind it. MoCo v3's code (arXiv 2104.02057) has that and no output_bias.
     """
     layers = nn.Sequential(
         nn.Linear(in_dim, hidden_dim, bias=False),
         nn.BatchNorm1d(hidden_dim),
         nn.ReLU(inplace=True),
-        nn.Linear(hidden_dim, out_dim),
+        nn.Linear(hidden_dim, out_dim, bias=output_bias),
     )
     if normalise_output:
         layers.append(nn.BatchNorm1d(out_dim, affine=False))

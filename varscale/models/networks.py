@@ -74,6 +74,7 @@ def build_student_network(
     gaussian: bool = False,
     normalise_latents: bool = False,
     normalise_predictions: bool | None = None,
+    output_bias: bool = True,
     sync_batch_norm: bool = True,
 ) -> StudentNetwork:
     """The student: `encoder` with a freshly initialised projector and, where wanted, predictor and Gaussian head.
@@ -81,17 +82,17 @@ def build_student_network(
     The default widths are BYOL's: the projector maps feature_dim to latent_dim through projector_hidden
     units, the predictor latent_dim to itself through predictor_hidden. normalise_latents: a batch normalisation behind
     the projector, so that no mean that all samples share can grow; normalise_predictions: behind the predictor, as
-    behind the projector where it is None.
+    behind the projector where it is None. output_bias: of the last linear layers of both.
     """
     if normalise_predictions is None:
         normalise_predictions = normalise_latents
-    sync = {"sync_batch_norm": sync_batch_norm}
+    shared = {"output_bias": output_bias, "sync_batch_norm": sync_batch_norm}
     return StudentNetwork(
         encoder,
         batch_normalised_mlp(
-            encoder.feature_dim, projector_hidden, latent_dim, normalise_output=normalise_latents, **sync
+            encoder.feature_dim, projector_hidden, latent_dim, normalise_output=normalise_latents, **shared
         ),
-        batch_normalised_mlp(latent_dim, predictor_hidden, latent_dim, normalise_output=normalise_predictions, **sync)
+        batch_normalised_mlp(latent_dim, predictor_hidden, latent_dim, normalise_output=normalise_predictions, **shared)
         if predictor
         else None,
         GaussianHead(latent_dim) if gaussian else None,

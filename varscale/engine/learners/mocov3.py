@@ -25,6 +25,7 @@ def build(encoder: nn.Module, config: Config, num_classes: int, total_steps: int
         predictor_hidden=o.predictor_hidden,
         normalise_latents=True,
         normalise_predictions=False,
+        output_bias=False,
         sync_batch_norm=config.encoder.sync_batch_norm,
     )
     return MoCoV3Learner(network, partial(mocov3_loss, temperature=o.temperature), config, total_steps)
