@@ -9,6 +9,7 @@ from sklearn.metrics import top_k_accuracy_score
 
 from varscale.data.dataset import read_dataset_info
 from varscale.data.geometry import CropSpec
+from varscale.errors import UserError
 from varscale.evaluation import alignment_uniformity
 from varscale.evaluation.cache import FeatureCache
 from varscale.evaluation.context import Context, Place, count_hits, percent
@@ -44,6 +45,19 @@ def augmented(context: Context, epoch: int) -> torch.Tensor:
     labels = context.images.loader("train", context.images.random_crop).labels
     assert torch.cat([part.labels for part in parts]).tolist() == np.asarray(labels)[ORDER].tolist()
     return torch.cat([part.features for part in parts])
+
+
+def broken(images: torch.Tensor) -> torch.Tensor:
+    features = images.flatten(1).clone()
+    features[0, 3] = torch.nan
+    return features
+
+
+def test_features_that_are_not_finite_are_refused(make_context):
+    context = make_context()
+    context.encode = broken
+    with pytest.raises(UserError, match=r"features of 50 of 100 images of val are not finite"):  # one a batch of two
+        _ = context.val
 
 
 def test_augmented_features_differ_by_epoch_and_seed_and_are_reproducible(make_context):

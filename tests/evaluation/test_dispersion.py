@@ -48,6 +48,15 @@ def test_orthogonal_classes_are_the_square_root_of_two_apart():
     assert centroid_distance(points, torch.tensor([0, 1, 2, 0])) == pytest.approx(2**0.5)
 
 
+@pytest.mark.parametrize(("points", "separation"), [(torch.ones(3, 8), np.nan), (torch.eye(3), np.inf)])
+def test_points_without_distance_to_their_centroid_are_measured(on_features, make_clouds, points, separation):
+    samples = make_clouds(12, 3, 6)
+    samples = samples._replace(features=points[samples.labels])
+    metrics = run(on_features(samples, samples, 3), Settings()).metrics
+    assert metrics["separation"] == pytest.approx(separation, nan_ok=True)
+    assert (metrics["own_distance"], metrics["intra_cosine"]) == pytest.approx((0, 1), abs=1e-6)
+
+
 def test_margins_tell_right_from_wrong(on_features, make_clouds):
     data = make_clouds(40, 4, 4, spread=0.1)
     wrong = data._replace(labels=(data.labels + 1) % 4)

@@ -86,6 +86,21 @@ def test_votes_do_not_overflow_at_a_small_temperature():
     )
 
 
+def test_neighbours_are_in_the_layer_asked_for(on_features, make_clouds):
+    train, val = make_clouds(120, 4, 1), make_clouds(80, 4, 2)
+    head = torch.nn.Linear(12, 3)
+    of_features, of_embeddings = (
+        knn.run(on_features(train, val, 4, head=head), knn.Settings(k=(9,), layer=layer))
+        for layer in ("features", "embeddings")
+    )
+    heads = (samples._replace(features=head(samples.features).detach()) for samples in (train, val))
+    assert of_embeddings.metrics == knn_accuracy(*heads, 4, k=(9,), device=CPU)
+    assert of_features.metrics == knn_accuracy(train, val, 4, k=(9,), device=CPU)
+    assert of_features.metrics != of_embeddings.metrics
+    assert (of_features.variant, of_embeddings.variant) == ("", "embeddings"), "neither takes the other's place"
+    assert "stand for embeddings" in knn.run(on_features(train, val, 4), knn.Settings(layer="embeddings")).notes[0]
+
+
 def test_ranks_share_the_queries_and_sum_up():
     train, val = samples(200, 5, seed=10), samples(1300, 5, seed=11)
     alone = knn_accuracy(train, val, 5, k=(9,), device=CPU)

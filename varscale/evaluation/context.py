@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from varscale.config import Section
 from varscale.data.dataset import DatasetInfo
+from varscale.errors import UserError
 from varscale.evaluation.cache import FeatureCache
 from varscale.evaluation.features import Encode, Features, Gather, encode_batches, extract_features, gather_rows
 from varscale.evaluation.images import Images
@@ -162,12 +163,18 @@ class Context:
         return self._kept({"split": split, "crop": asdict(images.whole_crop)}, make)
 
     def _kept(self, origin: dict, make: Callable[[], Features]) -> Features:
-        if self.cache is None:
-            return make()
+        """Raises UserError where features are not finite: no evaluator could tell what they are worth."""
         images = self.images
         surroundings = {"mean": images.mean, "std": images.std, "decoder": images.decoder}
         everything = origin | surroundings | {"model": self.digest, "data": images.info.digest}
-        return self.cache.get(everything, make)
+        samples = self.cache.get(everything, make) if self.cache else make()
+        broken = int((~samples.features.isfinite()).any(dim=1).sum())
+        if broken:
+            raise UserError(
+                f"the features of {broken} of {len(samples.labels)} images of {origin['split']} are not finite: the "
+                "encoder's weights are broken or too large for the precision; nothing can be measured on them"
+            )
+        return samples
 
 
 @dataclass(frozen=True)

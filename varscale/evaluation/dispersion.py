@@ -47,7 +47,7 @@ def run(context: Context, settings: Settings) -> Result:
         "inter_cosine": inter,
         "own_distance": distances.mean().item(),
         "centroid_distance": between,
-        "separation": between / distances.mean().item(),
+        "separation": (between / distances.mean()).item(),  # a tensor's division: not finite where all is one point
         "margin": (own - other).mean().item(),
     }
     for temperature in settings.temperatures:

@@ -8,15 +8,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from varscale.config import Section
-from varscale.evaluation.context import Context, Result, count_hits, percent
+from varscale.evaluation.context import Context, Layer, Result, count_hits, percent
 from varscale.evaluation.features import Features, Gather, gather_rows
 
 BANK_CHUNK, QUERY_CHUNK = 32768, 512
 
 
 class Settings(Section):
-    """k: numbers of neighbours. temperature: of their votes."""
+    """k: numbers of neighbours. temperature: of their votes. layer: what they are neighbours in."""
 
+    layer: Layer = "features"
     k: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (20, 200)
     temperature: PositiveFloat = 0.07
 
@@ -24,9 +25,12 @@ class Settings(Section):
 def run(context: Context, settings: Settings) -> Result:
     """kNN top-1 and top-5 for every k of the settings."""
     place = context.place
+    if settings.layer == "features":
+        samples = context.train, context.val
+    else:
+        samples = context.unit("train", settings.layer), context.unit("val", settings.layer)
     metrics = knn_accuracy(
-        context.train,
-        context.val,
+        *samples,
         context.num_classes,
         k=settings.k,
         temperature=settings.temperature,
@@ -36,9 +40,9 @@ def run(context: Context, settings: Settings) -> Result:
         gather=place.gather,
     )
     available = len(context.train.labels)
-    notes = tuple(f"k = {k}: only {available} training samples, all of them vote" for k in settings.k if k > available)
-    used = [min(k, available) for k in settings.k]
-    return Result(metrics, {"k": list(settings.k), "k_used": used, "temperature": settings.temperature}, notes)
+    notes = context.layer_notes(settings.layer) + tuple(f"k = {k}: only {available} training samples, all of them vote" for k in settings.k if k > available)
+    described = settings.model_dump() | {"k_used": [min(k, available) for k in settings.k]}
+    return Result(metrics, described, notes, variant="" if settings.layer == "features" else settings.layer)
 
 
 def knn_accuracy(

@@ -25,8 +25,9 @@ class Subject:
     line: str = "-"
 
     def record(self, evaluator: str) -> dict | None:
-        """The newest record of an evaluator on the run's own data."""
-        return next(reversed(self.variants(evaluator).values()), None)
+        """The record of an evaluator on the run's own data: without a variant, else the newest."""
+        found = self.variants(evaluator)
+        return found.get("") or next(reversed(found.values()), None)
 
     def variants(self, evaluator: str) -> dict[str, dict]:
         """The records of an evaluator on the run's own data, by their variants."""
