@@ -16,7 +16,10 @@ PIXEL = base64.b64decode(
 
 def make_run(folder: Path, recipe: str = "digits-varcon", *overrides: str, metrics: bool = True) -> Path:
     """A run of 12 steps with checkpoints after 8 and 12, and what training would have recorded."""
-    write_manifest(load_config(recipe, [f"output_dir={folder}", *overrides]), {}, "digest", world_size=2, device="cpu")
+    config = load_config(
+        recipe, [f"output_dir={folder}", f"schedule.epochs={EPOCHS}", "schedule.warmup_epochs=1", *overrides]
+    )
+    write_manifest(config, {}, "digest", world_size=2, device="cpu")
     for step in (8, 12):
         write_checkpoint(folder, step, {}, {}, keep=2)
     if metrics:

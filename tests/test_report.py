@@ -212,13 +212,18 @@ def test_what_a_run_lacks_is_said(tmp_path, capsys):
     (damaged / "evaluation" / "step-00000008" / "knn.png").unlink()
     (damaged / "evaluation" / "step-00000012.json").write_text("{")
     measure(behind, 8, record("knn", {"top1_k20": 77.25}))
+    (behind / "evaluation" / "step-00000008-old.json").write_text("moved away")
+    (behind / "bad-step-00000011.json").write_text("{}")
+    stopped = make_run(tmp_path / "stopped", "digits-varcon", "schedule.epochs=10")
+    measure(stopped, 12, record("linear", {"top1": 1.5}, picture="step-00000012/linear.png"))
+    (stopped / "evaluation" / "step-00000012" / "linear.png").write_bytes(b"\x89PNG\r\n")
     old = [json.loads(line) for line in (behind / "metrics.jsonl").read_text().splitlines()]
     for line in old:
         line.pop("tau2_histogram", None)
     (behind / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in old))
     (behind / "profile").mkdir()
     (behind / "profile" / "profile.json").write_text("{")
-    assert main([*map(str, (bare, damaged, behind)), "--out", str(tmp_path / "report")]) == 0
+    assert main([*map(str, (bare, damaged, behind, stopped)), "--out", str(tmp_path / "report")]) == 0
     words, printed = Page((tmp_path / "report" / "index.html").read_text()).words, capsys.readouterr().out
     for said in (
         "bare: no metrics were recorded",
@@ -228,10 +233,13 @@ def test_what_a_run_lacks_is_said(tmp_path, capsys):
         "behind: the distribution of tau2 was not recorded",
         f"behind: {behind / 'profile' / 'profile.json'}: is damaged; a start with --profile writes it again",
         "behind: measured at step 8, not yet at its newest checkpoint, step-00000012",
+        "behind: it had 1 bad step(s), told in bad-step-00000011.json",
+        "stopped: it is at epoch 3 of 10",
     ):
         assert said in words, said
         assert said in printed, said
     assert "knn.png is gone" in words
+    assert "linear.png is damaged" in words
     assert "77.25" in words
     assert "loss" in words
 

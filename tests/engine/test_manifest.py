@@ -68,7 +68,7 @@ def test_centroids_of_micro_batches_want_the_same_micro_batches(tmp_path):
     write_manifest(load_config("digits-varcon", micro), {}, "digest", world_size=1, device="cpu")
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     refuse_another_run(manifest, load_config("digits-varcon", micro), "digest", "run")
-    with pytest.raises(UserError, match="batch.max_micro_batch_size is None there, 8 now"):
+    with pytest.raises(UserError, match=r"batch\.max_micro_batch_size is None there, 8 now"):
         refuse_another_run(
             manifest, load_config("digits-varcon", [*micro, "batch.max_micro_batch_size=8"]), "digest", "run"
         )

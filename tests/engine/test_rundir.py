@@ -19,7 +19,7 @@ def run(tmp_path):
 def measure(run, step, value):
     path = run / "evaluation" / f"step-{step:08d}.json"
     path.parent.mkdir(exist_ok=True)
-    record = {"model": "trained", "evaluator": "knn", "metrics": {"top1_k20": value}}
+    record = {"model": "trained", "evaluator": "knn", "metrics": {"top1_k20": value}, "details": {}}
     path.write_text(json.dumps({"checkpoint": path.stem, "step": step, "results": [record]}))
     return path
 
@@ -35,7 +35,11 @@ def test_results_are_those_of_the_newest_checkpoint_and_all_are_found_oldest_fir
         read_results(run)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"results": [3]}', '{"results": [{"metrics": 3}]}', '{"results": 3}'])
+WORDS = {"model": "a", "evaluator": "b", "metrics": {"top1": "90"}, "details": {}}
+RECORDS = (3, {"metrics": 3}, WORDS, {key: value for key, value in WORDS.items() if key != "details"})
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"results": 3}', *(json.dumps({"results": [one]}) for one in RECORDS)])
 def test_a_damaged_file_of_results_is_named(run, text):
     measure(run, 7, 90.0).write_text(text)
     with pytest.raises(UserError, match=r"step-00000007.json: not a file of results"):

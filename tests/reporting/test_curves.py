@@ -7,6 +7,7 @@ import pytest
 from made_runs import make_run
 
 from varscale.reporting.curves import CURVES, MOST_POINTS, _lines, _thin, by_epoch, curves, histograms
+from varscale.reporting.measured import throughput
 from varscale.reporting.runs import read_runs
 
 
@@ -61,6 +62,17 @@ def test_runs_that_recorded_no_epochs_are_drawn_by_step(tmp_path):
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert "step</text>" in curves(read_runs([run]))[0].svg
     assert histograms(read_runs([run])) == []
+
+
+def test_lines_that_lack_what_a_curve_is_made_of_are_left_out(tmp_path):
+    run = make_run(tmp_path / "a")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for lacks, line in zip(("kl", "tau2_std", "step_ms_p90", "loss"), lines, strict=False):
+        del line[lacks]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    runs = read_runs([run])
+    assert {one.name for one in curves(runs)} >= {"loss", "kl-share", "tau2"}
+    assert {one.name for one in throughput(runs)} == {"throughput", "step-times", "data-wait"}
 
 
 def test_shares_of_the_loss_have_the_weights_of_the_terms(tmp_path):

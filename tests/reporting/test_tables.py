@@ -242,6 +242,15 @@ def test_runs_on_several_seeds_are_one_column_and_one_colour(tmp_path):
     assert over_seeds(subjects(read_runs(runs[:1]))) is None
 
 
+def test_seeds_measured_at_different_steps_are_not_averaged(tmp_path):
+    runs = [make_run(tmp_path / f"a-seed{seed}", "digits-varcon", f"seed={seed}") for seed in (0, 1, 2)]
+    for run, step, value in zip(runs, (12, 8, 12), (90.0, 50.0, 92.0), strict=True):
+        measure(run, step, record("knn", {"top1_k20": value}))
+    table = over_seeds(subjects(read_runs(runs)))
+    assert [column.text for column in table.columns] == ["metric", "a (3 seeds), step 12", "a (3 seeds), step 8"]
+    assert table.rows == [("knn top1_k20 (%)", "91.00 ± 12.71", "50.00")]
+
+
 def test_runs_of_one_seed_are_no_repetitions_of_each_other(tmp_path):
     first, again = read_runs([make_run(tmp_path / "a"), make_run(tmp_path / "b")])
     assert (first.look.name, again.look.name) == ("a", "b")

@@ -121,7 +121,7 @@ def _whole_lines(path: Path) -> list[tuple[int, bytes]]:
 
 def evaluation_files(run: Path) -> list[Path]:
     """What evaluate.py wrote about the checkpoints of a run, the oldest checkpoint's first."""
-    return sorted((run / "evaluation").glob(f"{STEP}*.json"))
+    return sorted(path for path in (run / "evaluation").glob(f"{STEP}*.json") if path.stem.removeprefix(STEP).isdigit())
 
 
 def read_evaluation(path: Path) -> dict:
@@ -131,14 +131,16 @@ def read_evaluation(path: Path) -> dict:
     """
     try:
         content = json.loads(path.read_text())
-        if all(
-            {"model", "evaluator"} <= record.keys() and isinstance(record["metrics"], dict)
-            for record in content["results"]
-        ):
+        if all(map(_is_record, content["results"])):
             return content
     except (ValueError, KeyError, TypeError, AttributeError):
         pass
     raise UserError(f"{path}: not a file of results; move it away and measure again")
+
+
+def _is_record(record: dict) -> bool:
+    numbers = all(value is None or isinstance(value, int | float) for value in record["metrics"].values())
+    return numbers and {"model", "evaluator"} <= record.keys() and isinstance(record["details"], dict)
 
 
 def read_results(run: Path) -> list[dict]:

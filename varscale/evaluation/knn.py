@@ -40,7 +40,8 @@ def run(context: Context, settings: Settings) -> Result:
         gather=place.gather,
     )
     available = len(context.train.labels)
-    notes = context.layer_notes(settings.layer) + tuple(f"k = {k}: only {available} training samples, all of them vote" for k in settings.k if k > available)
+    notes = context.layer_notes(settings.layer)
+    notes += tuple(f"k = {k}: only {available} training samples, all of them vote" for k in settings.k if k > available)
     described = settings.model_dump() | {"k_used": [min(k, available) for k in settings.k]}
     return Result(metrics, described, notes, variant="" if settings.layer == "features" else settings.layer)
 

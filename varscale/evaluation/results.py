@@ -97,7 +97,9 @@ class Report:
         name = "-".join([evaluator, *own, *([model] if model != "trained" else []), *self.suffix])
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            figure.savefig(folder / f"{name}.png", dpi=120)
+            aside = folder / f".{name}.png"
+            figure.savefig(aside, dpi=120)
+            aside.replace(folder / f"{name}.png")
         except OSError as error:
             raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
         return f"{folder.name}/{name}.png"

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+PNG_START, PNG_HEADER = b"\x89PNG\r\n\x1a\n", 24  # bytes, the size of the picture among them
 ColumnKind = Literal["label", "run", "baseline", "published"]
 
 
@@ -67,7 +68,7 @@ class Picture:
     @property
     def is_panorama(self) -> bool:
         """Whether it is so wide that, shrunk to a phone's width, it could not be read."""
-        width, height = struct.unpack(">II", self.png[16:24])  # of its header
+        width, height = struct.unpack(">II", self.png[PNG_HEADER - 8 : PNG_HEADER])
         return width > 2 * height
 
 
@@ -114,6 +115,11 @@ class Report:
     def pictures(self) -> list[Picture]:
         """All pictures, in order."""
         return [picture for section in self.sections for picture in _pictures(section.blocks)]
+
+
+def is_png(content: bytes) -> bool:
+    """Whether a file's content begins as a PNG does."""
+    return content.startswith(PNG_START) and len(content) >= PNG_HEADER
 
 
 def _pictures(blocks: Sequence[Block]) -> list[Picture]:

@@ -37,12 +37,18 @@ def _share(name: str) -> Value:
     """Of VarCon's loss, in which the terms have weights; VSSL's likelihood may be negative."""
 
     def share(line: dict) -> float | None:
-        if "tau2" not in line or not line["loss"] > 0:
+        terms = {term: line.get(term) for term in ("kl", "nll")}
+        if "tau2" not in line or None in terms.values():
             return None
-        parts = {term: line["weights"][term] * line[term] for term in ("kl", "nll")}
-        return parts[name] / sum(parts.values())
+        parts = {term: line["weights"][term] * value for term, value in terms.items()}
+        return parts[name] / whole if (whole := sum(parts.values())) > 0 else None
 
     return share
+
+
+def _tau2_less(deviations: float) -> Value:
+    """tau2 less so many standard deviations, where these were recorded."""
+    return lambda line: None if "tau2_std" not in line else line["tau2"] - deviations * line["tau2_std"]
 
 
 def _knn(line: dict) -> float | None:
@@ -62,7 +68,7 @@ CURVES = (
         "tau2",
         "adaptive temperature tau2: mean and deviation",
         _key("tau2"),
-        band=(lambda line: line["tau2"] - line["tau2_std"], lambda line: line["tau2"] + line["tau2_std"]),
+        band=(_tau2_less(1), _tau2_less(-1)),
     ),
     Curve("confidence", "confidence p(r|z)", _key("confidence")),
     Curve("classes-present", "classes in a batch", _key("classes_present")),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from varscale.reporting.content import Picture
+from varscale.reporting.content import Picture, is_png
 from varscale.reporting.plotting import INK, legend, picture
 from varscale.reporting.runs import TRAINED, Run, data_of, label_of
 from varscale.reporting.subjects import Subject
@@ -139,11 +139,15 @@ def stored(run: Run, number: int) -> tuple[list[Picture], list[Picture], list[st
         if not path.is_file():
             missing.append(f"the picture {path} is gone")
             continue
+        content = path.read_bytes()
+        if not is_png(content):
+            missing.append(f"the picture {path} is damaged")
+            continue
         title, data = label_of(record).replace("_", " "), record.get("data", {})
         title += f", on {Path(data['dir']).name}" if data_of(record) != run.data_digest else ""
         own = record["model"] == TRAINED
         name = f"{path.stem}-{number + 1}".replace("_", "-")
-        one = Picture(name, title if own else f"{title}, {record['model']}", path.read_bytes())
+        one = Picture(name, title if own else f"{title}, {record['model']}", content)
         (trained if own else baselines).append(one)
     return trained, baselines, missing
 
@@ -172,7 +176,7 @@ def _draw_speed(axis: "Axes", runs: Sequence[Run], key: str, band: str | None, s
         values, colour = [scale * line[key] for line in lines], run.look.colour
         handles += axis.plot(minutes, values, color=colour, linestyle=run.look.line, linewidth=1)
         if band:
-            upper = [scale * line[band] for line in lines]
+            upper = [scale * line.get(band, line[key]) for line in lines]
             axis.fill_between(minutes, values, upper, color=colour, alpha=0.2, linewidth=0)
             edges += upper
     if band:  # the first line of a start holds all that is set up in its first step, and would flatten the others

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from varscale.engine.rundir import (
+    STEP,
     check_exists,
     checkpoint_name,
     evaluation_files,
@@ -108,7 +109,7 @@ def _read_run(path: Path, name: str) -> Run:
     manifest = read_manifest(path)
     try:
         config, starts, digest = manifest["config"], manifest["starts"], manifest["data_digest"]
-        _ = config["objective"]["name"], config["encoder"]["name"], config["data"]["dir"]
+        _ = config["objective"]["name"], config["encoder"]["name"], config["data"]["dir"], config["schedule"]["epochs"]
     except (KeyError, TypeError) as error:
         raise UserError(f"{path / 'manifest.json'}: not a manifest of a run (no {error})") from None
     lines, damaged = read_sound_metrics(path / "metrics.jsonl")
@@ -118,13 +119,14 @@ def _read_run(path: Path, name: str) -> Run:
     if damaged:
         some = ", ".join(map(str, damaged[:5])) + (" ..." if len(damaged) > 5 else "")
         missing.append(f"metrics.jsonl: {len(damaged)} damaged line(s) were left out (number {some})")
+    missing += _not_done(path, lines, config["schedule"]["epochs"])
     if lines and config["objective"]["name"] == "varcon" and not any("tau2_histogram" in line for line in lines):
         missing.append("the distribution of tau2 was not recorded: it was trained by an older version")
     evaluations = []
     for file in evaluation_files(path):
         try:
             content = read_evaluation(file)
-            evaluations.append(Evaluation(int(file.stem.rpartition("-")[2]), content["results"]))
+            evaluations.append(Evaluation(int(file.stem.removeprefix(STEP)), content["results"]))
         except UserError as error:
             missing.append(str(error))
     missing += _not_measured(path, evaluations)
@@ -162,6 +164,14 @@ def _common_name(names: list[str]) -> str:
     same = len(list(takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))))
     start = re.sub(r"[-_ /]?(seed)?[-_ ]?$", "", names[0][:same])
     return f"{start or names[0]} ({len(names)} seeds)"
+
+
+def _not_done(path: Path, lines: list[dict], epochs: int) -> list[str]:
+    """What is left of the training, and what went wrong in it."""
+    reached = next((line["epoch"] for line in reversed(lines) if line["kind"] == "train" and "epoch" in line), epochs)
+    told = [f"it is at epoch {reached:.4g} of {epochs}"] if reached < epochs - 1e-6 else []
+    bad = [file.name for file in sorted(path.glob("bad-step-*.json"))]
+    return told + ([f"it had {len(bad)} bad step(s), told in {', '.join(bad[:3])}"] if bad else [])
 
 
 def _not_measured(path: Path, evaluations: list[Evaluation]) -> list[str]:

@@ -49,12 +49,18 @@ def unit_of(record: dict, metric: str) -> str:
 
 
 def subjects(runs: Sequence[Run]) -> list[Subject]:
-    """The trained encoders, then the baselines; of several runs' baselines one, where it is the same and they agree."""
+    """The trained encoders, then the baselines; of several runs' baselines one, where it is the same and they agree.
+
+    Repetitions that were measured at another step than the others are a group of their own.
+    """
     measured = [(run, run.evaluations[-1].records) for run in runs if run.evaluations]
+    moments = {(run.look.name, run.evaluations[-1].step) for run, _ in measured}
+    looks = [name for name, _ in moments]
     trained = [
-        Subject(run.name, False, look.colour, _of(TRAINED, records), run.data_digest, look.name, look.line)
+        Subject(run.name, False, look.colour, _of(TRAINED, records), run.data_digest, group, look.line)
         for run, records in measured
         if (look := run.look)
+        and (group := look.name if looks.count(look.name) == 1 else f"{look.name}, step {run.evaluations[-1].step}")
     ]
     baselines: dict[str, list[Subject]] = {}
     for run, records in measured:
