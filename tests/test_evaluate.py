@@ -207,7 +207,10 @@ def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["knn", "knn.temperature=.nan"], "evaluators: knn.temperature is nan"),
         (["knn", "knn.temprature=1"], "evaluators: unknown key 'knn.temprature'; nearest: knn.temperature"),
         (["knn", "epochs=1"], "evaluators: unknown key 'epochs'; nearest: linear.epochs"),
-        (["knn", "knn=3"], "evaluators: knn is a section, not a value; set one of knn.k, knn.temperature"),
+        (["linear", "linear=3"], "linear is a section, not a value; set one of linear.epochs"),
+        (["linear", "linear.protocol=[1]"], "linear.protocol is [1]; choose from cifar, imagenet"),
+        (["embedding_plot", "embedding_plot.samples=11"], "greater than or equal to 12"),
+        (["knn", "knn=3"], "evaluators: knn is a section, not a value; set one of knn.k, knn.layer, knn.temperature"),
         (["knn", "linear.lr=1"], "override 'linear.lr=1': linear is not among the evaluators asked for"),
         (["few_shot", "few_shot.percent=[0]"], "evaluators: few_shot.percent.0 is 0"),
         (

@@ -59,7 +59,6 @@ def extended(repository, tmp_path):
     """A function that runs a program of a copy of varscale that has one more of each."""
     copy = tmp_path / "copy" / "varscale"
     shutil.copytree(repository / "varscale", copy, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copytree(repository / "ds_configs", copy.parent / "ds_configs")
 
     def add(file, line, lines):
         text = (copy / file).read_text()

@@ -291,6 +291,16 @@ def test_a_folder_that_is_no_report_is_left_alone_and_an_older_report_is_replace
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
+def test_it_can_be_written_where_one_stands(tmp_path, monkeypatch):
+    run, out = make_run(tmp_path / "run", metrics=False), tmp_path / "report"
+    assert main([str(run), "--out", str(out)]) == 0
+    (out / "index.html").write_text("older")
+    monkeypatch.chdir(out)
+    assert main([str(run), "--out", "."]) == 0
+    assert "older" not in (out / "index.html").read_text()[:100]
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "report"}
+
+
 def test_it_runs_as_a_module_and_as_a_file_without_torch(repository, tmp_path):
     run = make_run(tmp_path / "run", metrics=False)
     measure(run, 12, record("knn", {"top1_k20": 90.0}))

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
@@ -12,8 +13,9 @@ from varscale.config import OBJECTIVES, load_config, resolve_batch
 from varscale.data.beton import FIELD, HEADER, SAMPLE, check_beton
 from varscale.data.dataset import read_dataset_info
 from varscale.engine.checkpoints import write_checkpoint
-from varscale.engine.launch import check_training_data
+from varscale.engine.launch import check_run_directory, check_training_data
 from varscale.engine.manifest import write_manifest
+from varscale.errors import UserError
 
 FAST = ["online_knn.every_epochs=0"]
 
@@ -167,10 +169,41 @@ def test_output_directory_in_use(refused, data, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()
     assert "holds files that are not a run's" in refused(f"data.dir={data}", "output_dir=mine")
-    (tmp_path / "mine" / "thesis.tex").rename(tmp_path / "mine" / "manifest.json")
-    assert "already holds a run; continue it with --resume auto" in refused(f"data.dir={data}", "output_dir=mine")
-    assert "mine/manifest.json: not valid JSON" in refused(f"data.dir={data}", "output_dir=mine", "--resume", "auto")
-    assert "is a file" in refused(f"data.dir={data}", "output_dir=mine/manifest.json")
+    manifest = tmp_path / "mine" / "manifest.json"
+    (tmp_path / "mine" / "thesis.tex").rename(manifest)
+    assert "begin anew in its place with --resume auto" in refused(f"data.dir={data}", "output_dir=mine")
+    for content, message in (("", "not valid JSON"), ("[]", "not a manifest of a run"), ('{"a": 1}', "not a manifest")):
+        manifest.write_text(content)
+        told = refused(f"data.dir={data}", "output_dir=mine", "--resume", "auto")
+        assert f"mine/manifest.json: {message}" in told
+    for place in (manifest, manifest / "below"):
+        assert f"{manifest} is a file" in refused(f"data.dir={data}", f"output_dir={place}")
+
+
+@pytest.mark.parametrize("mode", [0o500, 0o555])
+def test_output_directory_that_cannot_be_written(unprivileged, mode):
+    with TemporaryDirectory() as folder:
+        Path(folder).chmod(mode)
+        config = load_config("digits-varcon", [f"output_dir={folder}/runs/a"])
+        with unprivileged(), pytest.raises(UserError, match=rf"cannot be written \(no permission in {folder}\)"):
+            check_run_directory(config, "digest", None)
+
+
+def test_a_run_without_a_checkpoint_gives_its_place_to_another(data, tmp_path):
+    given = [f"data.dir={data}", f"output_dir={tmp_path / 'mine'}"]
+    config, digest = load_config("digits-varcon", given), read_dataset_info(data).digest
+    write_manifest(config, {}, digest, world_size=1, device="cpu")
+    other = load_config("digits-varcon", [*given, "optimizer.lr=9"])
+    assert check_run_directory(other, digest, "auto").checkpoints == []
+    write_checkpoint(config.output_dir, 5, {}, {}, keep=1)
+    with pytest.raises(UserError, match=r"optimizer\.lr is 0\.05 there, 9\.0 now"):
+        check_run_directory(other, digest, "auto")
+
+
+def test_a_world_of_no_ranks(capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--config", "digits-varcon", "--dry-run", "--world-size", "0"])
+    assert "is at least 1" in capsys.readouterr().err
 
 
 def test_resuming_what_does_not_exist(refused, data, tmp_path):

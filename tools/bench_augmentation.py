@@ -20,6 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import measuring
 import torch
 
 from varscale.config import Config, load_config, resolve_batch, resolve_deepspeed
@@ -142,4 +143,4 @@ def in_turns(calls: dict[str, Callable[[int], object]], repeats: int, ranks: Ran
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(measuring.run(main))

@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import varscale  # noqa: F401 -- before torch: it sets how OpenMP waits
 
 # isort: split
+import measuring
 import torch
-from measuring import peak_of_tensors
 
 from varscale.config import BatchSizes, Config, load_config, resolve_batch, resolve_deepspeed
 from varscale.engine import distributed
@@ -83,7 +83,7 @@ def measure(case: str, zero: str, ranks: distributed.Ranks) -> int:
         state[1].after_step(2)
         state[0].destroy()  # or autograd's hooks would keep the engine
 
-    peak = peak_of_tensors(prepare, work, ranks.device)
+    peak = measuring.peak_of_tensors(prepare, work, ranks.device)
     gc.collect()
     return peak
 
@@ -127,4 +127,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(measuring.run(main))

@@ -11,10 +11,14 @@ one that is waited for take turns; the difference of their times, medians over r
 
 import argparse
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import measuring
 import torch
 
 from varscale.config import load_config, resolve_batch, resolve_deepspeed
@@ -90,4 +94,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(measuring.run(main))

@@ -21,6 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import measuring
 import torch
 
 from varscale.config import load_config, resolve_batch, resolve_deepspeed
@@ -128,4 +129,4 @@ def total(messages: list[dict], what: str) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(measuring.run(main))

@@ -1,10 +1,24 @@
-"""What the benchmarks measure alike."""
+"""What the benchmarks measure alike, and how they end."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
+
+from varscale.engine.launch import report_user_error
+from varscale.errors import UserError
+
+
+def run(main: Callable[[], int | None]) -> int | None:
+    """A program's exit code: that of `main`; for a mistake in the input 2, told in one line."""
+    try:
+        return main()
+    except UserError as error:
+        return report_user_error(error)
 
 
 def resident_growth(work: Callable[[], object]) -> int:

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import measuring
 import torch
 
 from varscale.config import load_config, resolve_batch, resolve_deepspeed
@@ -100,7 +101,7 @@ def row(options: argparse.Namespace, machine: Machine, world_size: int) -> str:
     config = load_config(options.config, overrides)
     sizes = resolve_batch(config.batch, world_size)
     learner = build_learner(config, options.classes, total_steps=1, device=torch.device("cpu"))
-    messages = step_traffic(config, sizes, resolve_deepspeed(config, sizes), learner)
+    messages = step_traffic(config, sizes, resolve_deepspeed(config, sizes), learner) if world_size > 1 else []
     compute = machine.compute_seconds(step_flops(config, sizes, learner))
     times = [
         sum(machine.seconds(message, world_size) for message in messages if belongs(message.purpose))
@@ -120,4 +121,4 @@ def row(options: argparse.Namespace, machine: Machine, world_size: int) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(measuring.run(main))

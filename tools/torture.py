@@ -27,6 +27,8 @@ from itertools import cycle, islice
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from tqdm import tqdm
 
 from varscale.cluster.start import free_port
@@ -167,10 +169,7 @@ class Run:
 
     def steps(self) -> int:
         """The last step that was recorded since the last start; 0 before there is one."""
-        try:
-            lines = read_metrics(self.place / "metrics.jsonl")
-        except ValueError:  # it is being written
-            return 0
+        lines = read_metrics(self.place / "metrics.jsonl")
         return max((line["step"] for line in lines if line["time"] > self.started_at), default=0)
 
     def is_saving(self) -> bool:

@@ -1,6 +1,10 @@
 """Small files that are never half written, and data that has reached the disk."""
 
+import fcntl
 import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _ASIDE = ".writing-"
@@ -32,9 +36,27 @@ def replace_link(path: Path, target: str) -> None:
     sync(path.parent)
 
 
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Wait until no other process is in this block for the folder; where its file system has no locks, do not."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
 def is_unfinished(path: Path) -> bool:
     """Whether a file is what an interrupted call of these left."""
     return path.name.startswith(_ASIDE)
+
+
+def let_others_read(path: Path) -> None:
+    """Give a file the permissions of a new one, as far as the umask lets others read; safetensors' own give none."""
+    umask = re.search(r"^Umask:\s*(\d+)", Path("/proc/self/status").read_text(), re.MULTILINE)
+    path.chmod(0o644 & ~int(umask[1], 8))
 
 
 def sync(path: Path) -> None:

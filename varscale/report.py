@@ -49,21 +49,24 @@ def write_report(paths: Sequence[Path], out: Path) -> str:
     Raises UserError for a path that is no run, and where `out` is something else than a report or cannot be written.
     """
     check_out(out)
+    folder = out.resolve()  # "." has no name
     runs = read_runs(paths)
     command = shlex.join(["python", "-m", "varscale.report", *map(str, paths), "--out", str(out)])
     report = build_report(runs, command)
     page, text = to_html(report), to_markdown(report)
-    aside = out.parent / f".{out.name}.new"
+    new, old = (folder.with_name(f".{folder.name}.{which}") for which in ("new", "old"))
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        (aside / FIGURES).mkdir(parents=True)
-        (aside / PAGE).write_text(page)
-        (aside / TEXT).write_text(text)
+        for leftover in (new, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        (new / FIGURES).mkdir(parents=True)
+        (new / PAGE).write_text(page, encoding="utf-8")
+        (new / TEXT).write_text(text, encoding="utf-8")
         for picture in report.pictures():
-            (aside / FIGURES / f"{picture.name}.png").write_bytes(picture.png)
-        if out.exists():
-            shutil.rmtree(out)
-        aside.rename(out)
+            (new / FIGURES / f"{picture.name}.png").write_bytes(picture.png)
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
     missing = [f"{run.name}: {what}" for run in runs for what in run.missing]

@@ -77,8 +77,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--world-size", type=int, help="with --dry-run: the number of ranks to plan for")
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     options = parser.parse_intermixed_args(arguments)
-    if options.world_size is not None and not options.dry_run:
-        parser.error("--world-size belongs to --dry-run; otherwise the launcher decides")
+    if options.world_size is not None and not (options.dry_run and options.world_size > 0):
+        parser.error("--world-size belongs to --dry-run and is at least 1; otherwise the launcher decides")
     return options
 
 

@@ -24,7 +24,7 @@ def test_a_snapshot_runs_by_itself_and_knows_its_revision(tmp_path):
         check=True,
     )
     assert done.stdout.strip() == str(git_revision())
-    assert (code / "ds_configs" / "zero1.json").is_file()
+    assert (code / "varscale" / "ds_configs" / "zero1.json").is_file()
 
 
 def test_a_snapshot_holds_the_compiled_code(tmp_path, repository):

@@ -83,6 +83,7 @@ def test_float32_turns_autocast_off():
         ({"optimizer": {"type": "Adam"}}, "remove the section 'optimizer'"),
         ({"bf16": {"enabled": True}}, "batch-norm"),
         ({"zero_optimization": {"stage": 4}}, "must be 0, 1, 2 or 3"),
+        ({"zero_optimization": None}, "zero_optimization must be a section"),
         ({"prescale_gradients": "auto"}, 'prescale_gradients is "auto"'),
     ],
 )

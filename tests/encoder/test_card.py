@@ -31,6 +31,7 @@ def write_results(run):
         "evaluator": "knn",
         "metrics": {"top1_k20": 61.234, "confusion": [[1, 2]]},
         "settings": {"k": [20], "temperature": 0.07},
+        "details": {},
         "data": {"dir": "data/a", "digest": "abcdef" * 10, "val": 1234},
     }
     other = record | {"evaluator": "transfer", "metrics": {"linear_top1": 7.5}, "settings": {}}

@@ -158,6 +158,12 @@ def test_a_run_without_checkpoint_and_a_misspelt_run_are_named(tmp_path):
         find_checkpoint(tmp_path / "varcom")
 
 
+def test_others_may_read_it(tmp_path):
+    (tmp_path / "beside").touch()
+    modes = {path.stat().st_mode & 0o777 for path in write(tmp_path, 1).iterdir()}
+    assert modes == {(tmp_path / "beside").stat().st_mode & 0o777}
+
+
 def test_the_sums_are_those_of_sha256sum(tmp_path):
     checkpoint = write(tmp_path, 1)
     lines = (checkpoint / "SHA256SUMS").read_text().splitlines()

@@ -89,6 +89,13 @@ def test_a_file_that_another_rank_does_not_see_is_not_taken(cache):
     assert cache.get(ORIGIN, lambda: features(6.0)).features[0, 0] == 6
 
 
+def test_others_may_read_what_the_umask_lets_them(cache):
+    cache.get(ORIGIN, features)
+    (file,) = cache.folder.glob("*.safetensors")
+    (beside := cache.folder / "beside").touch()
+    assert file.stat().st_mode == beside.stat().st_mode
+
+
 def test_rank_1_writes_nothing(tmp_path):
     FeatureCache(tmp_path / "features", rank=1).get(ORIGIN, features)
     assert not (tmp_path / "features").exists()

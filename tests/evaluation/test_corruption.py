@@ -185,6 +185,8 @@ def test_the_mean_error_is_relative_to_alexnets(images, tmp_path):
     assert result.metrics["mce_linear"] == pytest.approx(expected, rel=1e-9)
     assert result.metrics["mce_knn"] == pytest.approx(expected, rel=1e-9)
     assert "AlexNet's published errors" in result.notes[0]
+    assert result.notes[1] == "mce: the mean over 2 corruptions, not over the 15 common ones"
+    assert result.settings["names"] == ["gaussian_noise", "brightness"]
 
 
 def test_another_runs_result_is_a_reference(images, tmp_path):
@@ -192,6 +194,7 @@ def test_another_runs_result_is_a_reference(images, tmp_path):
     accuracy = {"brightness": [88.0] * 5, "gaussian_noise": [60.0] * 5}  # errors: 60 and 200, ours 150 and 100
     record = {"evaluator": "corruption", "model": "untrained", "variant": "c"}
     record |= {"details": {"accuracy": {"linear": accuracy, "knn": accuracy | {"brightness": [70.0] * 5}}}}
+    record |= {"data": {"digest": images.info.digest}, "settings": {"samples_used": 30}}
     path = tmp_path / "results.json"
     path.write_text(json.dumps({"results": [record, record | {"variant": "other", "details": {}}]}))
     settings = Settings(dir=tmp_path / "c", reference=str(path), reference_model="untrained")
@@ -203,6 +206,11 @@ def test_another_runs_result_is_a_reference(images, tmp_path):
         check(settings.model_copy(update={"reference_model": "trained"}))
     with pytest.raises(UserError, match=r"holds no result of corruption \(made on the fly\) for untrained"):
         check(settings.model_copy(update={"dir": None}))
+    others = record | {"settings": {"samples_used": 29}}, record | {"data": {"digest": "another"}}
+    for number, other in enumerate(others):
+        (tmp_path / f"{number}.json").write_text(json.dumps({"results": [other]}))
+        with pytest.raises(UserError, match="was measured on other images"):
+            run(context_of(images), settings.model_copy(update={"reference": str(tmp_path / f"{number}.json")}))
     (tmp_path / "c" / "brightness.npy").rename(tmp_path / "c" / "fog.npy")
     with pytest.raises(UserError, match="has no errors for fog"):
         run(context_of(images), settings)

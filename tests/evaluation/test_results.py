@@ -2,6 +2,7 @@
 
 import json
 import math
+from multiprocessing import get_context
 from types import SimpleNamespace
 
 import pytest
@@ -35,6 +36,22 @@ def test_what_is_not_finite_is_null_and_a_dash(report):
     assert record["metrics"] == {"x": None, "y": None}
     assert record["details"] == {"z": [1.0, [None]]}
     assert report.table().count(" -\n") == 2
+
+
+def add_many(report: Report, model: str) -> None:
+    for number in range(40):
+        report.add(model, f"evaluator_{number}", Result({"top1": 1.0}, {}), {})
+
+
+def test_two_evaluations_at_once_lose_nothing(report):
+    processes = [get_context("fork").Process(target=add_many, args=(report, model)) for model in ("a", "b", "c")]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert len(records(report)) == 120
+    assert [path.name for path in report.path.parent.iterdir()] == [report.path.name]
 
 
 def test_models_without_a_metric_have_a_dash(report):

@@ -28,7 +28,7 @@ def test_the_time_of_a_message_by_hand(predict):
 @pytest.mark.parametrize("recipe", ["digits-varcon", "digits-vssl", "digits-supcon", "digits-mocov3"])
 @pytest.mark.parametrize("zero", ["zero0", "zero1", "zero2", "zero3"])
 def test_every_message_has_a_column_and_the_columns_add_up(predict, monkeypatch, capsys, recipe, zero):
-    command = ["predict_scaling.py", "--config", recipe, "--classes", "10", "--world-sizes", "2", "16"]
+    command = ["predict_scaling.py", "--config", recipe, "--classes", "10", "--world-sizes", "1", "2", "16"]
     options = ["--images-per-gpu", "4", f"deepspeed.config={zero}", "batch.gradient_accumulation_steps=2"]
     made, timed = [], []
     step_traffic, seconds = predict.step_traffic, predict.Machine.seconds
@@ -37,8 +37,9 @@ def test_every_message_has_a_column_and_the_columns_add_up(predict, monkeypatch,
     monkeypatch.setattr("sys.argv", command + options)
     predict.main()
     rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    assert [row[:3] for row in rows[1:]] == [["2", "8", "2 x 2"], ["16", "64", "2 x 2"]]
-    for row in rows[1:]:
+    assert [row[:3] for row in rows[1:]] == [["1", "4", "2 x 2"], ["2", "8", "2 x 2"], ["16", "64", "2 x 2"]]
+    assert set(rows[1][4:8]) == {"0.00"}, "one rank sends nothing"
+    for row in rows[2:]:
         *parts, total, host = map(float, row[3:10])
         assert (host > 0) == (parts[1] > 0)
         assert float(row[10].replace(",", "")) == pytest.approx(1e3 * int(row[1]) / max(total, host), rel=0.01)

@@ -102,15 +102,13 @@ def submissions_of(run: Path) -> list[Submission]:
 
 
 def snapshot(folder: Path) -> Path:
-    """Copy the package and its DeepSpeed configurations, so that later edits do not reach a queued or requeued job.
+    """Copy the package, so that later edits do not reach a queued or requeued job.
 
     Compiled code goes with them, and fits, for the files keep their times: ranks need not compile it once more.
     """
     package, code = Path(varscale.__file__).parent, folder / "code"
     ignored = shutil.ignore_patterns(".*", "*.tmp.*", "*.pyc.*")  # the latter two are just being written
-    for source in (package, package.parent / "ds_configs"):
-        if source.is_dir():
-            shutil.copytree(source, code / source.name, ignore=ignored)
+    shutil.copytree(package, code / package.name, ignore=ignored)
     (code / REVISION).write_text(f"{git_revision() or ''}\n")
     return code
 

@@ -61,16 +61,18 @@ def _read_recipe(recipe: str) -> dict[str, Any]:
     elif recipe.endswith((".yaml", ".yml")):
         path = Path(recipe)
         try:
-            name, text = path.stem, path.read_text()
+            name, text = path.stem, path.read_text(encoding="utf-8")
         except OSError as error:
             raise UserError(f"--config {recipe}: {error.strerror}") from None
+        except ValueError as error:
+            raise UserError(f"--config {recipe}: not a text file ({error})") from None
     else:
         raise UserError(
             f"--config {recipe!r} is neither a recipe nor a path ending in .yaml{_nearest(recipe, recipe_names())}"
         )
     try:
         values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # the latter: a date that there is not
         raise UserError(f"--config {recipe}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"--config {recipe}: holds no mapping of keys to values")
@@ -83,7 +85,7 @@ def _apply(values: dict[str, Any], override: str, model: type[Section]) -> None:
         raise UserError(f"override {override!r} is not of the form key.sub=value")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         raise UserError(f"override {override!r}: the value is not valid YAML") from None
     *sections, last = key.split(".")
     place = values
@@ -101,6 +103,8 @@ def _explain(error: Any, source: str, model: type[Section]) -> str:
     """One line for pydantic's first error."""
     key = _key(error["loc"])
     if error["type"] == "extra_forbidden":
+        if error["loc"][0] == "objective" and error["loc"][1] in OBJECTIVES:
+            return f"{source}: {_unknown_to_objective(*error['loc'][1:3])}"
         return f"{source}: unknown key {key!r}{_nearest_key(key, model)}"
     if error["type"] == "missing":
         *section, last = error["loc"]
@@ -155,6 +159,13 @@ def _nearest_key(key: str, model: type[Section]) -> str:
         return f"; nearest: {elsewhere[0]}"
     same_section = [k for k in keys if k.rpartition(".")[0] == section]
     return _nearest(key, same_section) or _nearest(key, keys)
+
+
+def _unknown_to_objective(name: str, key: str) -> str:
+    own = OBJECTIVES[name].model_fields
+    others = [other for other, section in OBJECTIVES.items() if key in section.model_fields]
+    hint = f", but {', '.join(others)} {'has' if len(others) == 1 else 'have'}" if others else ""
+    return f"the objective {name} has no key {key!r}{hint}{_nearest(key, list(own))}"
 
 
 def _nearest(word: str, choices: Sequence[str]) -> str:

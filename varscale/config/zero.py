@@ -8,7 +8,7 @@ from varscale.config.batch import BatchSizes
 from varscale.config.schema import Config
 from varscale.errors import UserError
 
-FOLDER = Path(__file__).resolve().parents[2] / "ds_configs"
+FOLDER = Path(__file__).resolve().parents[1] / "ds_configs"
 
 # Sections that would work against the recipe, and where the same thing is decided here.
 _OURS = {
@@ -80,6 +80,8 @@ def _read(path: Path) -> dict:
         raise UserError(f"deepspeed.config: cannot read {path}: {error}") from None
     if not isinstance(settings, dict):
         raise UserError(f"deepspeed.config: {path} holds no JSON object")
+    if not isinstance(settings.get("zero_optimization", {}), dict):
+        raise UserError(f'deepspeed.config: {path}: zero_optimization must be a section, such as {{"stage": 2}}')
     return settings
 
 

@@ -6,8 +6,7 @@ from pathlib import Path
 from varscale.config import parse_config, to_yaml
 from varscale.data.dataset import DatasetInfo
 from varscale.encoder.description import Description
-from varscale.engine.rundir import read_manifest, read_metrics
-from varscale.errors import UserError
+from varscale.engine.rundir import read_evaluation, read_manifest, read_metrics
 
 CLASSES_NAMED = 10
 FILL_IN = "**to be filled in**"
@@ -108,11 +107,7 @@ def _metrics(run: Path, checkpoint: Path, step: int) -> str:
     path = run / "evaluation" / f"{checkpoint.name}.json"
     parts = []
     if path.is_file():
-        try:
-            records = json.loads(path.read_text())["results"]
-            rows = [row for record in records for row in _rows(record)]
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"{path}: not a file of results; move it away and measure again") from None
+        rows = [row for record in read_evaluation(path)["results"] for row in _rows(record)]
         parts.append("Measured by `python -m varscale.evaluate`; accuracies in percent on the held-out images.")
         parts.append(_table(("model", "evaluator", "metric", "value", "data", "settings"), rows))
     online = [line for line in read_metrics(run / "metrics.jsonl") if line["kind"] == "knn" and line["step"] <= step]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from varscale.engine.rundir import BEST, LATEST, REPLACED, STEP, checkpoint_folder, checkpoint_name, find_checkpoints
 from varscale.errors import UserError
-from varscale.files import make_folder, replace_link, sync
+from varscale.files import let_others_read, make_folder, replace_link, sync
 
 SUMS, STATE = "SHA256SUMS", "state.json"
 WRITING, DELETING, DAMAGED = ".writing-", ".deleting-", "damaged-"  # what is put before a folder's name
@@ -44,6 +44,7 @@ def write_checkpoint(run: Path, step: int, parts: Mapping[str, Tensors], state: 
         aside.mkdir()
         for stem, tensors in parts.items():
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside / f"{stem}.safetensors")
+            let_others_read(aside / f"{stem}.safetensors")
         (aside / STATE).write_text(json.dumps({"step": step, "state": state, "parts": sorted(parts)}, indent=1))
         (aside / SUMS).write_text(_lines({path.name: _digest(path) for path in aside.iterdir()}))
         for path in (*aside.iterdir(), aside):

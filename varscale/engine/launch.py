@@ -125,14 +125,21 @@ def check_run_directory(config: Config, data_digest: str, resume: str | None) ->
         return Origin()
     if not (run / "manifest.json").is_file():
         raise UserError(f"output_dir: {run} holds files that are not a run's; choose an empty or new directory")
+    checkpoints = find_checkpoints(run)
     if resume is None:
-        raise UserError(f"output_dir: {run} already holds a run; continue it with --resume auto, or choose another")
-    refuse_another_run(read_manifest(run), config, data_digest, run)
-    return Origin(find_checkpoints(run))
+        how = "continue it" if checkpoints else "it has no checkpoint: begin anew in its place"
+        raise UserError(f"output_dir: {run} already holds a run; {how} with --resume auto, or choose another")
+    manifest = read_manifest(run)
+    if checkpoints:  # a run that ended before its first is in nobody's way
+        refuse_another_run(manifest, config, data_digest, run)
+    return Origin(checkpoints)
 
 
 def _is_free(run: Path) -> bool:
-    """Whether a run may begin here: there is nothing, or what prepares a run. Raises UserError where it is a file."""
-    if run.exists() and not run.is_dir():
-        raise UserError(f"output_dir: {run} is a file")
+    """Whether a run may begin here: there is nothing, or what prepares a run. Raises UserError where it cannot be."""
+    place = next(folder for folder in (run, *run.absolute().parents) if os.path.exists(folder))  # exists() may raise
+    if not place.is_dir():
+        raise UserError(f"output_dir: {place} is a file")
+    if not os.access(place, os.W_OK | os.X_OK, effective_ids=True):
+        raise UserError(f"output_dir: {run} cannot be written (no permission in {place})")
     return not run.exists() or all(is_unfinished(path) or path.name == SUBMISSIONS for path in run.iterdir())

@@ -79,14 +79,17 @@ def check_exists(run: Path) -> None:
 
 
 def read_manifest(run: Path) -> dict:
-    """The manifest of a run. Raises UserError when it is missing or not JSON."""
+    """The manifest of a run. Raises UserError when it is missing or damaged."""
     path = run / "manifest.json"
     try:
-        return json.loads(path.read_text())
+        manifest = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{run}: is not a run (it has no manifest.json)") from None
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(manifest, dict) or not manifest.keys() >= {"config", "starts", "data_digest"}:
+        raise UserError(f"{path}: not a manifest of a run")
+    return manifest
 
 
 def run_config(run: Path) -> Config:
@@ -95,12 +98,13 @@ def run_config(run: Path) -> Config:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The lines of a metrics.jsonl, none if it does not exist; one that a killed run left unfinished is passed over."""
-    return [json.loads(line) for _, line in _whole_lines(path)]
+    """The sound lines of a metrics.jsonl, none if it does not exist."""
+    return read_sound_metrics(path)[0]
 
 
 def read_sound_metrics(path: Path) -> tuple[list[dict], list[int]]:
-    """As `read_metrics`, but lines that are not JSON are passed over too: the others, and the numbers of these."""
+    """The lines of a metrics.jsonl, and the numbers of those that are damaged and left out; one that a killed run left
+    unfinished is passed over."""
     sound, damaged = [], []
     for number, text in _whole_lines(path):
         try:
@@ -139,8 +143,8 @@ def read_evaluation(path: Path) -> dict:
 
 
 def _is_record(record: dict) -> bool:
-    numbers = all(value is None or isinstance(value, int | float) for value in record["metrics"].values())
-    return numbers and {"model", "evaluator"} <= record.keys() and isinstance(record["details"], dict)
+    tables = isinstance(record["metrics"], dict) and isinstance(record["details"], dict)
+    return tables and {"model", "evaluator"} <= record.keys()
 
 
 def read_results(run: Path) -> list[dict]:

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from varscale.evaluation.features import Features, Gather, gather_rows
+from varscale.files import let_others_read
 
 SUFFIX = ".safetensors"
 
@@ -79,6 +80,7 @@ class FeatureCache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             save_file(tensors, aside, metadata)
+            let_others_read(aside)
             aside.replace(path)
         except (OSError, SafetensorError) as error:
             self.say(f"{path} cannot be written ({error}); the features are not kept")

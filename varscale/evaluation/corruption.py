@@ -57,7 +57,7 @@ def check(settings: Settings) -> None:
     elif not settings.dir.is_dir():
         raise UserError(f"corruption.dir {settings.dir}: there is no such folder")
     if settings.reference not in (None, ALEXNET):
-        reference_tables(Path(settings.reference), settings.reference_model, _variant(settings))
+        reference_record(Path(settings.reference), settings.reference_model, _variant(settings))
 
 
 def run(context: Context, settings: Settings) -> Result:
@@ -75,7 +75,8 @@ def run(context: Context, settings: Settings) -> Result:
     else:
         source = open_folder(settings.dir, images, settings.samples)
         clean = context.val
-    references = {name: _reference(settings, name, source.names) for name in ("linear", "knn")}
+    samples_used = len(source.labels(source.names[0], 1))
+    errors, notes = _reference(settings, source.names, images.info.digest, samples_used)
     layer, described = chosen_layer(context)
 
     def accuracies(samples: Features) -> dict[str, float]:
@@ -93,18 +94,17 @@ def run(context: Context, settings: Settings) -> Result:
                 for classifier, value in accuracies(encode_source(context, source, name, severity)).items():
                     tables[classifier].setdefault(name, []).append(value)
                 bar.update()
-    metrics, notes, on_clean = {}, [], accuracies(clean)
+    metrics, on_clean = {}, accuracies(clean)
     for classifier, value in on_clean.items():
         table = tables[classifier]
         metrics[f"clean_{classifier}"] = value
         metrics[f"corrupted_{classifier}"] = float(np.mean(list(table.values())))
-        if reference := references[classifier]:
-            errors, *notes = reference
-            metrics[f"mce_{classifier}"] = mean_corruption_error(table, errors)
+        if errors:
+            metrics[f"mce_{classifier}"] = mean_corruption_error(table, errors[classifier])
     described = settings.model_dump(mode="json") | {"linear": described, "knn": {"k": K}}
-    described["samples_used"] = len(source.labels(source.names[0], 1))
+    described |= {"names": list(source.names), "samples_used": samples_used}
     details = {"accuracy": tables, "severities": list(SEVERITIES), "clean": on_clean}
-    return Result(metrics, described, tuple(notes), details=details, variant=_variant(settings))
+    return Result(metrics, described, notes, details=details, variant=_variant(settings))
 
 
 @torch.no_grad()
@@ -132,14 +132,15 @@ def mean_corruption_error(table: Table, reference: dict[str, float]) -> float:
     )
 
 
-def reference_tables(path: Path, model: str, variant: str) -> dict[str, Table]:
-    """The accuracies of each classifier that a file of results holds for `model` on images corrupted in the same way,
-    as `Result.variant` tells; UserError where it holds none."""
+def reference_record(path: Path, model: str, variant: str) -> dict:
+    """What a file of results holds of `model` on images corrupted in the same way, as `Result.variant` tells;
+    UserError where it holds nothing."""
     try:
         records = json.loads(path.read_text())["results"]
         wanted = "corruption", model, variant
         found = [one for one in records if (one["evaluator"], one["model"], one["variant"]) == wanted]
-        return found[-1]["details"]["accuracy"]
+        _ = found[-1]["details"]["accuracy"], found[-1]["data"]["digest"], found[-1]["settings"]["samples_used"]
+        return found[-1]
     except OSError as error:
         raise UserError(
             f"corruption.reference {path}: cannot be read ({error.strerror}); or choose {ALEXNET}"
@@ -184,17 +185,33 @@ def _variant(settings: Settings) -> str:
     return settings.dir.resolve().name if settings.dir else "made on the fly"
 
 
-def _reference(settings: Settings, classifier: str, names: tuple[str, ...]) -> tuple[dict[str, float], str] | None:
-    """Summed errors of the reference in percent by corruption, and what a reader must know of it; None without one."""
+def _reference(
+    settings: Settings, names: tuple[str, ...], digest: str, samples: int
+) -> tuple[dict[str, dict[str, float]], tuple[str, ...]]:
+    """By classifier the reference's errors by corruption, in percent and summed over severities, and what a reader must
+    know of them; nothing without a reference. Raises UserError where it is of other images or lacks a corruption."""
     if settings.reference is None:
-        return None
+        return {}, ()
     if settings.reference == ALEXNET:
-        errors = {name: len(SEVERITIES) * error for name, error in zip(COMMON, ALEXNET_ERRORS, strict=True)}
-        note = "mce: relative to AlexNet's published errors on ImageNet-C; they mean nothing for other images"
+        alexnets = {name: len(SEVERITIES) * error for name, error in zip(COMMON, ALEXNET_ERRORS, strict=True)}
+        errors = {"linear": alexnets, "knn": alexnets}
+        notes = ["mce: relative to AlexNet's published errors on ImageNet-C; they mean nothing for other images"]
     else:
-        table = reference_tables(Path(settings.reference), settings.reference_model, _variant(settings))[classifier]
-        errors = {name: sum(100 - value for value in values) for name, values in table.items()}
-        note = f"mce: relative to the errors of {settings.reference_model} in {settings.reference}"
-    if missing := [name for name in names if name not in errors]:
+        record = reference_record(Path(settings.reference), settings.reference_model, _variant(settings))
+        theirs = record["data"]["digest"], record["settings"]["samples_used"]
+        if theirs != (digest, samples):
+            raise UserError(
+                f"corruption.reference {settings.reference}: was measured on other images ({theirs[1]:,} of data "
+                f"{theirs[0][:12]}; here {samples:,} of data {digest[:12]})"
+            )
+        tables = record["details"]["accuracy"]
+        errors = {
+            classifier: {name: sum(100 - value for value in values) for name, values in table.items()}
+            for classifier, table in tables.items()
+        }
+        notes = [f"mce: relative to the errors of {settings.reference_model} in {settings.reference}"]
+    if missing := [name for name in names if any(name not in one for one in errors.values())]:
         raise UserError(f"corruption.reference {settings.reference}: has no errors for {', '.join(missing)}")
-    return errors, note
+    if set(names) != set(COMMON):
+        notes.append(f"mce: the mean over {len(names)} corruptions, not over the {len(COMMON)} common ones")
+    return errors, tuple(notes)

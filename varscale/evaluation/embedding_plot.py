@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 NEIGHBOURS = 5
+FEWEST = 2 * NEIGHBOURS + 2  # points, for scikit-learn's trustworthiness
 TITLES = {"tsne": "t-SNE", "pca": "PCA", "umap": "UMAP"}
 
 
@@ -24,7 +25,7 @@ class Settings(Section):
 
     layer: Layer = "embeddings"
     methods: Annotated[tuple[Literal["tsne", "pca", "umap"], ...], Field(min_length=1)] = ("tsne", "pca")
-    samples: Annotated[int, Field(ge=10)] = 2_000
+    samples: Annotated[int, Field(ge=FEWEST)] = 2_000
     perplexity: PositiveFloat = 30.0
 
 
@@ -42,8 +43,10 @@ def run(context: Context, settings: Settings) -> Result:
     val, seed = context.unit("val", settings.layer), context.images.seed
     order = balanced(val.labels, settings.samples, seed)
     points = val.features[torch.from_numpy(order)].numpy()
-    if len(points) < 2 * NEIGHBOURS + 2:
-        raise UserError(f"embedding_plot: {len(points)} validation images are too few for a picture")
+    if len(points) < FEWEST:
+        raise UserError(
+            f"embedding_plot: {len(points)} validation images are too few for a picture, which takes {FEWEST}"
+        )
     metrics, coordinates = {}, {}
     is_one_point = not np.ptp(points, axis=0).any()
     for method in dict.fromkeys(settings.methods):

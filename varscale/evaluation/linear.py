@@ -35,7 +35,8 @@ class Settings(Section):
     @classmethod
     def _the_protocols_own(cls, given: dict) -> dict:
         """Filled in here, so that what is recorded is what was asked for."""
-        own = PROTOCOLS.get(given.get("protocol", "cifar"))
+        name = given.get("protocol", "cifar") if isinstance(given, dict) else None
+        own = PROTOCOLS.get(name) if isinstance(name, str) else None
         return {"epochs": own.epochs, "lr": own.lr} | given if own else given
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from varscale.data.dataset import DatasetInfo
 from varscale.errors import UserError
 from varscale.evaluation.context import PERCENT, Result
+from varscale.files import alone_in, replace_text
 from varscale.versions import versions_of
 
 if TYPE_CHECKING:
@@ -107,12 +108,11 @@ class Report:
     def _write(self, record: dict) -> None:
         content = {"checkpoint": self.path.stem, "step": self.step}
         try:
-            older = json.loads(self.path.read_text())["results"] if self.path.exists() else []
-            content["results"] = [one for one in older if _subject(one) != _subject(record)] + [record]
             self.path.parent.mkdir(exist_ok=True)
-            aside = self.path.with_suffix(".json.tmp")
-            aside.write_text(_one_record_a_line(content))
-            aside.replace(self.path)
+            with alone_in(self.path.parent):  # another evaluation may add to it
+                older = json.loads(self.path.read_text())["results"] if self.path.exists() else []
+                content["results"] = [one for one in older if _subject(one) != _subject(record)] + [record]
+                replace_text(self.path, _one_record_a_line(content))
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written ({error.strerror})") from None
         except (ValueError, KeyError, TypeError):

@@ -107,8 +107,8 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 
 def _read_run(path: Path, name: str) -> Run:
     manifest = read_manifest(path)
+    config, starts, digest = manifest["config"], manifest["starts"], manifest["data_digest"]
     try:
-        config, starts, digest = manifest["config"], manifest["starts"], manifest["data_digest"]
         _ = config["objective"]["name"], config["encoder"]["name"], config["data"]["dir"], config["schedule"]["epochs"]
     except (KeyError, TypeError) as error:
         raise UserError(f"{path / 'manifest.json'}: not a manifest of a run (no {error})") from None

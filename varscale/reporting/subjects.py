@@ -35,11 +35,12 @@ class Subject:
         return {one.get("variant", ""): one for one in found}
 
     def metrics(self) -> dict[tuple, float | None]:
-        """Every value under (evaluator with its variant, metric, unit, digest of the data)."""
+        """Every number under (evaluator with its variant, metric, unit, digest of the data)."""
         return {
             (label_of(one), name, unit_of(one, name), data_of(one)): value
             for one in self.records
             for name, value in one["metrics"].items()
+            if value is None or isinstance(value, int | float)
         }
 
 

@@ -57,6 +57,11 @@ def test_classes_are_named_by_a_file(tmp_path):
             {"train-1": {"c.jpg": b"", "c.cls": b"cat"}},
             r"train-1\.tar: c\.cls holds b'cat', but must hold a whole number",
         ),
+        ({"train-1": {"c.jpg": b"", "c.cls": b"9" * 30}}, "must hold a whole number"),
+        (
+            {"train-1": {"c.jpg": b"", "c.cls": b"400000000"}},
+            "the largest label is 400,000,000, but there are .* images of training",
+        ),
         ({"val-1": {"c.jpg": b"", "c.cls": b"2"}}, r"the label of val-1\.tar:c\.jpg is 2, but there are 2 classes"),
         ({"train-1": {"c.jpg": b"", "c.cls": b"2"}}, "class '2' has no images in val"),
         ({"train-1": {"c.jpg": b"", "c.cls": b"-1"}}, "is -1, but there are 2 classes"),

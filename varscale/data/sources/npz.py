@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from varscale.data.sources.splits import ArraySplit, Source
+from varscale.data.sources.splits import ArraySplit, Source, numbered_classes
 from varscale.errors import UserError
 
 
@@ -24,7 +24,7 @@ def open_npz(spec: str, location: str) -> Source:
             raise UserError(f"{path}: 'names' is {names.shape} {names.dtype}, but must be (classes,) text")
         classes = tuple(name.decode() if isinstance(name, bytes) else name for name in names.tolist())
     else:
-        classes = tuple(str(label) for label in range(int(train.labels.max()) + 1))
+        classes = numbered_classes(train.labels, str(path))
     for key, split in (("y_train", train), ("y_test", val)):
         wrong = (split.labels < 0) | (split.labels >= len(classes))
         if wrong.any():

@@ -13,6 +13,7 @@ import numpy as np
 from varscale.data.images import Content
 from varscale.errors import UserError
 
+MOST_EMPTY_CLASSES = 100_000  # a part of a data set may keep the numbers of the whole
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
@@ -159,3 +160,11 @@ def ignored_note(ignored: Counter[str]) -> tuple[str, ...]:
     """What to tell a person of files that are no images, counted by suffix."""
     kinds = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in ignored.most_common(5))
     return (f"ignored {ignored.total():,} files that are not .jpg, .jpeg or .png: {kinds}",) if ignored else ()
+
+
+def numbered_classes(labels: np.ndarray, place: str) -> tuple[str, ...]:
+    """Names of classes that have only numbers. Raises UserError for a number that must be a mistake."""
+    largest = int(labels.max())
+    if largest >= max(len(labels), MOST_EMPTY_CLASSES):
+        raise UserError(f"{place}: the largest label is {largest:,}, but there are {len(labels):,} images of training")
+    return tuple(map(str, range(largest + 1)))

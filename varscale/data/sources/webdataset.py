@@ -10,7 +10,7 @@ import numpy as np
 
 from varscale.data.images import FilePart, read
 from varscale.data.sources.archives import ArchiveSplit, Member, Members, members_of
-from varscale.data.sources.splits import Source, ignored_note, is_image
+from varscale.data.sources.splits import Source, ignored_note, is_image, numbered_classes
 from varscale.errors import UserError
 
 CLASSES_FILE = "classes.txt"
@@ -23,7 +23,7 @@ def open_webdataset(spec: str, location: str) -> Source:
     """
     ignored: Counter[str] = Counter()
     train, val = (_open_split(Path(location), split, ignored) for split in ("train", "val"))
-    classes = _class_names(Path(location)) or tuple(str(label) for label in range(int(train.labels.max()) + 1))
+    classes = _class_names(Path(location)) or numbered_classes(train.labels, location)
     for split in (train, val):
         wrong = np.flatnonzero((split.labels < 0) | (split.labels >= len(classes)))
         if len(wrong):
@@ -70,8 +70,8 @@ def _samples(shard: Path, ignored: Counter[str]) -> Iterator[tuple[Member, int]]
                 raise UserError(f"{shard}: sample {key} has {len(found) or 'no'} {kind} file, but needs one")
         text = read(FilePart(str(shard), labels[0].offset, labels[0].size))
         try:
-            yield images[0], int(text)
-        except ValueError:
+            yield images[0], int(np.int64(int(text)))
+        except (ValueError, OverflowError):
             raise UserError(f"{shard}: {key}.cls holds {text[:20]!r}, but must hold a whole number") from None
 
 
