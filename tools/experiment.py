@@ -238,7 +238,10 @@ def check_made(config: Config) -> None:
     """Raises UserError where the run in its directory is not one of this configuration and data."""
     run = config.output_dir
     digest = read_dataset_info(config.data.dir).digest
-    refuse_another_run(read_manifest(run), config, digest, run, same_split=True)
+    try:
+        refuse_another_run(read_manifest(run), config, digest, run, same_split=True)
+    except UserError as error:
+        raise UserError(f"{error}; --out DIR keeps these runs apart from those") from None
 
 
 def refuse_while_submitted(trials: list[Trial], folder: Path) -> None:

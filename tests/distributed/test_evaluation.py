@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
+from torch import nn
 
 from varscale.config import load_config
 from varscale.data.augment import Augmentation
@@ -50,23 +51,29 @@ def work(run: Path, data: Path, out: Path) -> None:
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def run_and_data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    folder = tmp_path_factory.mktemp("distributed")
+def make_run(folder: Path, recipe: str, size: int, head: nn.Module) -> dict[str, np.ndarray]:
+    """A data set of images of so many pixels a side and a run with one checkpoint in `folder`; returns the images."""
     random = np.random.default_rng(0)
     arrays = {}
     for split, count in (("train", TRAIN), ("test", VAL)):
         labels = np.arange(count) % 3
-        images = 20 * labels[:, None, None, None] + random.integers(0, 210, (count, 8, 8, 3))
+        images = 20 * labels[:, None, None, None] + random.integers(0, 210, (count, size, size, 3))
         arrays |= {f"x_{split}": images.astype(np.uint8), f"y_{split}": labels}
     np.savez(folder / "a.npz", **arrays)
     info = convert(open_source(f"npz:{folder / 'a.npz'}"), folder / "data").info
-    overrides = [f"output_dir={folder / 'run'}", f"data.dir={folder / 'data'}", "data.image_size=8"]
-    config = load_config("digits-varcon", overrides)
+    overrides = [f"output_dir={folder / 'run'}", f"data.dir={folder / 'data'}", f"data.image_size={size}"]
+    config = load_config(recipe, overrides)
     write_manifest(config, {}, info.digest, world_size=1, device="cpu")
-    parts = {"encoder": new_encoder(config), "head": ProjectionHead(512)}
+    parts = {"encoder": new_encoder(config), "head": head}
     tensors = {f"{part}.{key}": value for part, module in parts.items() for key, value in module.state_dict().items()}
     write_checkpoint(folder / "run", 1, {"model": tensors}, {}, keep=1)
+    return arrays
+
+
+@pytest.fixture(scope="module")
+def run_and_data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("distributed")
+    arrays = make_run(folder, "digits-varcon", 8, ProjectionHead(512))
     (folder / "corrupted").mkdir()
     noisy = np.concatenate([arrays["x_test"] // (severity + 1) for severity in range(1, 6)])
     np.save(folder / "corrupted" / "contrast.npy", noisy)
@@ -125,6 +132,22 @@ def test_all_other_evaluators_measure_on_two_processes_what_they_do_on_one(run_a
         assert together[name]["world_size"] == 2
         assert together[name]["metrics"] == pytest.approx(alone[name]["metrics"], rel=1e-4, abs=1e-6, nan_ok=True), name
     assert 40 < alone["corruption"]["metrics"]["clean_knn"] < 100
+
+
+@pytest.mark.slow
+def test_two_processes_corrupt_and_classify_as_one_does(torchrun, tmp_path):
+    make_run(tmp_path, "digits-cross_entropy", 32, nn.Linear(512, 3))
+    arguments = ["--checkpoint", tmp_path / "run", "classifier", "corruption", "--batch-size", 8, "--workers", 1]
+    arguments += ["--no-cache", "corruption.names=[gaussian_noise,contrast]", "corruption.samples=23"]
+    execute("varscale.evaluate", *arguments)
+    alone = metrics(tmp_path / "run")
+    execute(*torchrun, "-m", "varscale.evaluate", *arguments)
+    together = metrics(tmp_path / "run")
+    for name in ("classifier", "corruption"):
+        assert together[name]["world_size"] == 2
+        assert together[name]["metrics"] == alone[name]["metrics"]
+    assert together["corruption"]["details"] == alone["corruption"]["details"]
+    assert 0 < alone["classifier"]["metrics"]["top1"] < 100
 
 
 @pytest.mark.slow
