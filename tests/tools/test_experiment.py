@@ -2,8 +2,11 @@
 
 import argparse
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import experiment_measures
@@ -18,6 +21,7 @@ from varscale.config import load_config
 from varscale.data.dataset import read_dataset_info
 from varscale.engine.checkpoints import write_checkpoint
 from varscale.engine.manifest import write_manifest
+from varscale.engine.rundir import read_manifest
 
 SCALES = ["digits", "smoke", "cifar10", "cifar", "imagenet"]
 
@@ -360,3 +364,28 @@ def test_an_experiment_is_run_measured_and_shown_and_given_again_only_shown(expe
     manifests = [json.loads(path.read_text()) for path in folder.glob("*/manifest.json")]
     assert [len(manifest["starts"]) for manifest in manifests] == [1, 1], "a finished run is not started again"
     assert (folder / "table.md").read_text() in shown.out
+
+
+@pytest.mark.slow
+def test_an_interrupted_experiment_goes_on_and_ends_as_one_that_was_not(repository, experiment, digits, tmp_path):
+    settings = ["data.image_size=16", "data.workers=1", "schedule.epochs=4", "compute.precision=float32"]
+    settings += ["batch.global_batch_size=64", "online_knn.every_epochs=0", "checkpoint.every_steps=2"]
+    arguments = ["terms", "--only", "KL alone", "NLL alone", "--data", str(digits), "--set", *settings, "--out"]
+    with open(tmp_path / "said", "wb") as said:
+        command = [sys.executable, repository / "tools" / "experiment.py", *arguments, tmp_path / "killed"]
+        process = subprocess.Popen(list(map(str, command)), stdout=said, stderr=said, start_new_session=True)
+    first, second = (tmp_path / "killed" / "terms-smoke" / f"{name}-seed0" for name in ("KL_alone", "NLL_alone"))
+    deadline = time.monotonic() + 300
+    while not (first / "checkpoints" / "latest").exists():
+        assert process.poll() is None, (tmp_path / "said").read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not second.exists()
+
+    for place in ("killed", "whole"):
+        assert experiment.main([*arguments, str(tmp_path / place)]) == 0
+    killed, whole = ((tmp_path / place / "terms-smoke" / "table.md").read_text() for place in ("killed", "whole"))
+    assert killed == whole
+    assert [len(read_manifest(run)["starts"]) for run in (first, second)] == [2, 1]
