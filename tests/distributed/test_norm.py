@@ -101,7 +101,7 @@ def work(folder: Path) -> None:
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def ranks(request: pytest.FixtureRequest, run_ranks, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     """What each of 2 or 4 processes found, case by case."""
     return run_ranks(__file__, request.param, tmp_path_factory.mktemp("norm"))

@@ -165,6 +165,7 @@ def submit_array(submit_py, cluster, tiny, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_a_sweep_is_a_job_array(submit_array, tmp_path):
     names = ["objective.epsilon=0.0", "objective.epsilon=0.02"]
     options = ["--config", "digits-varcon", "--sweep", "objective.epsilon=0.0,0.02", f"output_dir={tmp_path / 'all'}"]
