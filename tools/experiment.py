@@ -30,14 +30,15 @@ from experiment_tables import Values, draw, table
 
 from varscale.config import Config, load_config, to_yaml
 from varscale.data.dataset import read_dataset_info
+from varscale.engine.launch import EXIT_BAD_STEP
 from varscale.engine.manifest import refuse_another_run
 from varscale.engine.rundir import latest_checkpoint, read_manifest
+from varscale.engine.stopping import INTERRUPTED, PREEMPTED
 from varscale.errors import UserError
 from varscale.files import replace_text
 
 LISTS = Path(__file__).with_name("experiments.yaml")
 SCALES = ("digits", "smoke", "cifar10", "cifar", "imagenet")
-BAD_STEP, START_AGAIN = 3, (75, 130)  # exit codes of train.py
 OPTION_OF = {"seed": "--seeds", "data.dir": "--data", "output_dir": "--out"}
 
 
@@ -187,11 +188,11 @@ def train(config: Config, folder: Path) -> bool:
         check_made(config)
     path = write_config(config, folder)
     code = code_of(str(ROOT / "varscale/train.py"), "--config", str(path), "--resume", "auto")
-    if code == BAD_STEP:
+    if code == EXIT_BAD_STEP:
         print(f"{config.output_dir} is left out: it was stopped by a bad step (above)", file=sys.stderr)
         return False
     if code:
-        again = "; the same command goes on" if code in START_AGAIN or code < 0 else ""
+        again = "; the same command goes on" if code in (PREEMPTED, INTERRUPTED) or code < 0 else ""
         raise UserError(f"{config.output_dir}: training ended with exit code {code}{again}")
     return True
 

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING
 
 from varscale.config import OBJECTIVES, BatchSizes, Config, load_config, recipe_names, resolve_batch, resolve_deepspeed
 from varscale.engine.launch import (
+    EXIT_BAD_STEP,
+    EXIT_USER_ERROR,
     Job,
     Origin,
     check_run_directory,
@@ -40,8 +42,6 @@ if TYPE_CHECKING:
     from varscale.engine.learners import Learner, MicroBatch, Terms
 
 # torch, DeepSpeed and FFCV are imported inside functions, after every check that can be made without them.
-
-USER_ERROR, BAD_STEP = 2, 3  # exit codes; for others see stopping.py
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -102,11 +102,11 @@ def train(config: Config, sizes: BatchSizes, deepspeed: dict, options: argparse.
     except LoaderError as error:  # on this rank alone
         distributed.announce_failure(ranks, str(error))
         print(f"error: {error}", file=sys.stderr)
-        return USER_ERROR
+        return EXIT_USER_ERROR
     except BadStepError as error:
         if ranks.is_first:
             print(f"stopped: {error}", file=sys.stderr)
-        return BAD_STEP
+        return EXIT_BAD_STEP
     except Exception as error:
         cause = distributed.announced_failure()
         if cause is None:

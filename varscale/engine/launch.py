@@ -17,7 +17,7 @@ from varscale.engine.rundir import SUBMISSIONS, find_checkpoint, find_checkpoint
 from varscale.errors import UserError
 from varscale.files import is_unfinished
 
-EXIT_USER_ERROR = 2
+EXIT_USER_ERROR, EXIT_BAD_STEP = 2, 3  # for others see stopping.py
 WAIT_FOR_RANK_0 = 5.0  # seconds; launchers end all ranks soon after the first one ended
 
 

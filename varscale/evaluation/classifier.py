@@ -5,7 +5,8 @@ import math
 import torch
 
 from varscale.config import Section
-from varscale.evaluation.context import CHUNK, Context, Result, count_hits, percent
+from varscale.evaluation.context import Context, Result, percent
+from varscale.evaluation.linear import hits_of
 
 
 class Settings(Section):
@@ -18,7 +19,5 @@ def run(context: Context, settings: Settings) -> Result:
     encoder that was trained without one, as are those of all objectives but cross-entropy, and the baselines."""
     if context.classifier is None:
         return Result({"top1": math.nan, "top5": math.nan}, {}, ("there is no classifier beside this encoder",))
-    val, device = context.val, context.place.device
-    parts = zip(val.features.split(CHUNK), val.labels.split(CHUNK), strict=True)
-    hits = sum(count_hits(context.classifier(part.to(device)).float(), labels.to(device)) for part, labels in parts)
-    return Result({f"top{n}": percent(hits[i], len(val.labels)) for i, n in ((0, 1), (1, 5))}, {})
+    hits = hits_of(lambda features: context.classifier(features).float(), context.val, context.place.device)
+    return Result({f"top{n}": percent(hits[i], len(context.val.labels)) for i, n in ((0, 1), (1, 5))}, {})
