@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -128,6 +129,35 @@ def test_the_page_adapts_to_narrow_and_dark_screens(made):
     )
     assert "currentColor" in text
     assert "#010203" not in text
+
+
+LOOK = """<!doctype html><title>not loaded</title><iframe id="page" width="390" height="844" src="{page}"></iframe>
+<script>
+onload = () => {{
+  const shown = page.contentDocument, all = [...shown.querySelectorAll("svg, img")];
+  const flat = all.filter(one => one.checkVisibility() && one.getBoundingClientRect().height < 20);
+  document.title = JSON.stringify({{
+    width: shown.documentElement.scrollWidth, pictures: all.length, flat: flat.length,
+    broken: [...shown.images].filter(one => !one.naturalWidth).length, words: shown.body.innerText.length,
+  }});
+}};
+</script>"""
+
+
+def test_a_browser_shows_it_as_wide_as_a_phone(made):
+    """Nothing but what is meant to be scrolled by itself goes over the edge, and every picture is there."""
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        pytest.skip("needs chromium or Chrome")
+    (made / "phone.html").write_text(LOOK.format(page="report/index.html"))
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files"]
+    command = [browser, *options, "--virtual-time-budget=10000", "--dump-dom", (made / "phone.html").as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    seen = json.loads(re.search("<title>(.*?)</title>", done.stdout)[1])
+    assert seen["width"] <= 390
+    assert (seen["flat"], seen["broken"]) == (0, 0)
+    assert seen["pictures"] > 20
+    assert seen["words"] > 3000
 
 
 def test_the_page_has_every_part(made):
