@@ -25,7 +25,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import yaml
-from experiment_measures import ROOT, Columns, Measures, code_of, measure, not_measured, results
+from experiment_measures import BASELINES, ROOT, TRAINED, Columns, Measures, code_of, measure, not_measured, results
 from experiment_tables import Values, draw, table
 
 from varscale.config import Config, load_config, to_yaml
@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
         for number, trial in enumerate(trials, start=1):
             print(f"\n== {number} of {len(trials)}: {trial.config.output_dir} ==", flush=True)
             if is_finished(trial.config) or train(trial.config, runs):
-                measure(trial.config.output_dir, measures)
+                measure(trial.config.output_dir, measures, baselines=trial.label == measures.baselines_of)
         measured = all_measured(experiment, scale, options, measures)
         show(experiment["question"], measures, measured, folder_of(options.name, options))
     except UserError as error:
@@ -141,7 +141,8 @@ def plan(experiment: dict, scale: dict, options: argparse.Namespace) -> list[Tri
 def measures_of(experiment: dict, columns: Columns, scale: str) -> Measures:
     """What an experiment measures at a scale; `columns` where it has none of its own."""
     settings = _at_scale(experiment.get("settings", []), scale)
-    return Measures(experiment.get("columns", columns), settings, experiment.get("of_every_checkpoint", False))
+    every, baselines_of = experiment.get("of_every_checkpoint", False), experiment.get("baselines_of")
+    return Measures(experiment.get("columns", columns), settings, every, baselines_of)
 
 
 def check_set(given: list[str], label: str, own: list[str]) -> None:
@@ -271,10 +272,18 @@ def show(question: str, measures: Measures, trials: list[Trial], folder: Path) -
         raise UserError("no run came to its end: there is nothing to show")
     found: dict[str, Values] = {}
     units, places = {}, {}
-    for trial in trials:
-        measured = results(trial.config.output_dir, measures.settings)
+    rows = [(trial.label, trial, TRAINED) for trial in trials]
+    beside = [one for one in trials if one.label == measures.baselines_of]
+    rows += [
+        (name, trial, model)
+        for model, name in BASELINES.items()
+        for trial in beside
+        if not not_measured(trial.config.output_dir, measures, model)
+    ]
+    for label, trial, model in rows:
+        measured = results(trial.config.output_dir, measures.settings, model)
         for column, (evaluator, metric) in measures.columns.items():
-            found.setdefault(trial.label, {}).setdefault(column, []).append(measured[evaluator]["metrics"][metric])
+            found.setdefault(label, {}).setdefault(column, []).append(measured[evaluator]["metrics"][metric])
             units[column] = measured[evaluator]["units"].get(metric, "%")
             places[Path(measured[evaluator]["data"]["dir"]).name] = None
     folder.mkdir(parents=True, exist_ok=True)

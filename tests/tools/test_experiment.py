@@ -59,6 +59,7 @@ def test_every_run_of_every_experiment_has_a_valid_configuration_of_its_own(expe
         whole = [json.dumps(trial.config.model_dump(mode="json", exclude={"output_dir"})) for trial in trials]
         assert len(set(whole)) == len(trials), f"{name}: two runs are the same"
         assert len({trial.config.output_dir for trial in trials}) == len(trials)
+        assert content.get("baselines_of") in {None, *(trial.label for trial in trials)}
 
 
 def test_what_an_experiment_says_goes_over_its_scale_and_what_a_person_says_over_both(experiment, lists, chosen):
@@ -267,6 +268,41 @@ def test_the_table_has_all_runs_of_these_settings_that_were_measured(
     others = options(**given, set=["optimizer.lr=7"])
     assert experiment.all_measured(content, scale, others, measures) == []
     assert "0.05-seed0" in (folder / "report" / "index.html").read_text()
+
+
+def test_baselines_stand_below_the_runs_of_the_experiment_that_names_them(
+    experiment, lists, chosen, digits, tmp_path, monkeypatch
+):
+    content, scale = chosen("compare"), lists["scales"]["smoke"]
+    measures, digest = experiment.measures_of(content, lists["columns"], "smoke"), read_dataset_info(digits).digest
+    given = {"name": "compare", "out": tmp_path, "data": digits, "only": ["varcon", "supcon"]}
+    trials = experiment.plan(content, scale, options(**given))
+    for number, trial in enumerate(trials):
+        finish(trial, digest, 50.0 + number, 60.0 + number)
+    asked = []
+    monkeypatch.setattr(experiment_measures, "code_of", lambda *arguments: asked.append(arguments) or 0)
+    for trial in trials:
+        experiment.measure(trial.config.output_dir, measures, baselines=trial.label == measures.baselines_of)
+    (arguments,) = asked
+    assert str(trials[0].config.output_dir) in arguments
+    assert arguments[4:] == ("knn", "linear_cached", "--baselines")
+
+    run, data = trials[0].config.output_dir, {"dir": "d", "digest": digest}
+    path = run / "evaluation" / f"step-{STEPS:08d}.json"
+    records = json.loads(path.read_text())["results"]
+    values = {"untrained": (30.0, 40.0), "pixels": (31.0, 41.0)}
+    for model, (knn, linear) in values.items():
+        records.append(made_runs.record("knn", {"top1_k20": knn}, model, data=data))
+        records.append(made_runs.record("linear_cached", {"top1": linear}, model, data=data))
+    made_runs.measure(run, STEPS, *records)
+    experiment.show("?", measures, experiment.all_measured(content, scale, options(**given), measures), tmp_path / "x")
+    rows = [line for line in (tmp_path / "x" / "table.md").read_text().splitlines() if line.startswith("| ")][1:]
+    assert rows == [
+        "| varcon | 50.00 | 60.00 |",
+        "| supcon | 51.00 | 61.00 |",
+        "| untrained encoder | 30.00 | 40.00 |",
+        "| raw pixels | 31.00 | 41.00 |",
+    ]
 
 
 def test_a_run_is_finished_when_its_last_checkpoint_says_so(experiment, lists, chosen, digits, tmp_path):
