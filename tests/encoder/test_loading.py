@@ -79,6 +79,7 @@ def test_what_is_no_encoder_is_refused(tmp_path, data):
     assert "nearest" in refusal("rum")
     (tmp_path / "text.safetensors").write_text("nothing")
     assert "cannot be read as a .safetensors file" in refusal("text.safetensors")
+    assert "cannot be read as a .safetensors file (No such file" in refusal("nowhere.safetensors")
     (tmp_path / "e.onnx").write_text("nothing")
     assert "onnxruntime.InferenceSession" in refusal("e.onnx")
     save_file(tensors, tmp_path / "bare.safetensors")

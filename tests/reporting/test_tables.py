@@ -210,6 +210,7 @@ def test_the_table_for_a_terminal_begins_with_the_baselines(tmp_path):
     measure(first, 12, record("knn", {"top1_k20": 98.9}), record("linear_cached", {"top1": 98.8}), *baselines)
     measure(second, 12, record("knn", {"top1_k20": 96.1}))
     lines = headlines(subjects(read_runs([first, second]))).splitlines()
+    assert lines[0] == "top-1 accuracy in percent on held-out images"
     assert lines[2].split("  ")[-1].strip() == "linear, cached"
     assert [line.rsplit(maxsplit=2) for line in lines[3:]] == [
         ["raw pixels, 32x32", "97.50", "-"],
@@ -217,6 +218,15 @@ def test_the_table_for_a_terminal_begins_with_the_baselines(tmp_path):
         ["a", "98.90", "98.80"],
         ["b", "96.10", "-"],
     ]
+
+
+def test_accuracies_on_different_data_are_said_to_be_so(tmp_path):
+    runs = [make_run(tmp_path / name) for name in ("a", "b")]
+    for run in runs:
+        measure(run, 12, record("knn", {"top1_k20": 98.9}, data={"dir": "d", "digest": run.name}))
+        manifest = run / "manifest.json"
+        manifest.write_text(manifest.read_text().replace('"data_digest": "digest"', f'"data_digest": "{run.name}"'))
+    assert headlines(subjects(read_runs(runs))).startswith("top-1 accuracy in percent on different held-out images\n")
 
 
 def test_durations_are_for_people():

@@ -51,7 +51,7 @@ def load_encoder(path: Path | str, *, data: Path | str | None = None, device: to
         UserError: there is nothing of the kind at `path`, it is damaged, or a run's data set is not found.
     """
     path = Path(path)
-    if path.is_file():
+    if path.is_file() or path.suffix in (".safetensors", ".onnx"):
         return _from_file(path).to(device)
     network, config, step = trained_encoder(path)
     info = training_data(find_checkpoint(path)[0], config, *([Path(data)] if data else []))

@@ -278,4 +278,5 @@ def headlines(subjects: Sequence[Subject]) -> str:
     for row in sorted(range(len(subjects)), key=lambda row: not subjects[row].is_baseline):
         numbers = "".join(f"{shown(column[row]) or '-':>16}" for column in values.values())
         lines.append(f"{subjects[row].name:{width}}{numbers}")
-    return "\n".join(["top-1 accuracy in percent on held-out images", "", *lines])
+    whose = "" if len({one.data_digest for one in subjects}) == 1 else "different "
+    return "\n".join([f"top-1 accuracy in percent on {whose}held-out images", "", *lines])
