@@ -185,7 +185,7 @@ def _as_file_name(label: str) -> str:
 def train(config: Config, folder: Path) -> bool:
     """Train a run to its end, from where it stands; whether it got there: some settings of a sweep lead to a loss that
     is not finite, and such a run is left out. Raises UserError where it fails otherwise, or has other settings."""
-    if (config.output_dir / "manifest.json").is_file():
+    if latest_checkpoint(config.output_dir):
         check_made(config)
     path = write_config(config, folder)
     code = code_of(str(ROOT / "varscale/train.py"), "--config", str(path), "--resume", "auto")
