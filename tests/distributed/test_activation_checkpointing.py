@@ -19,7 +19,7 @@ SETTINGS = [
 CASES = [
     pytest.param("digits-varcon", "zero2", "bfloat16", marks=pytest.mark.slow),
     pytest.param("digits-varcon", "zero3", "bfloat16", marks=pytest.mark.slow),
-    ("digits-vssl", "zero3", "float32"),
+    pytest.param("digits-vssl", "zero3", "float32", marks=pytest.mark.slow),
 ]
 
 

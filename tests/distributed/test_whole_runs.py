@@ -162,7 +162,7 @@ def all_but_slow(*quick: tuple, of: Iterable[tuple]) -> list:
 
 @pytest.mark.parametrize(
     ("kind", "world_size"),
-    all_but_slow(("varcon-vit", 2), of=product(KINDS, (2, 4))),
+    all_but_slow(of=product(KINDS, (2, 4))),  # tests/test_train_runs.py has two ranks of a ViT
 )
 def test_the_number_of_ranks_changes_nothing_but_rounding(runs, kind, world_size):
     ours, theirs = metrics(runs.check(kind, world_size)), metrics(runs.reference(kind))
