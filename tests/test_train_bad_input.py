@@ -171,7 +171,7 @@ def test_output_directory_in_use(refused, data, tmp_path):
     assert "holds files that are not a run's" in refused(f"data.dir={data}", "output_dir=mine")
     manifest = tmp_path / "mine" / "manifest.json"
     (tmp_path / "mine" / "thesis.tex").rename(manifest)
-    assert "begin anew in its place with --resume auto" in refused(f"data.dir={data}", "output_dir=mine")
+    assert "already holds a run; continue it with --resume auto" in refused(f"data.dir={data}", "output_dir=mine")
     for content, message in (("", "not valid JSON"), ("[]", "not a manifest of a run"), ('{"a": 1}', "not a manifest")):
         manifest.write_text(content)
         told = refused(f"data.dir={data}", "output_dir=mine", "--resume", "auto")
@@ -189,14 +189,17 @@ def test_output_directory_that_cannot_be_written(unprivileged, mode):
             check_run_directory(config, "digest", None)
 
 
-def test_a_run_without_a_checkpoint_gives_its_place_to_another(data, tmp_path):
+def test_a_run_that_ended_before_its_first_checkpoint_may_be_deleted(data, tmp_path):
     given = [f"data.dir={data}", f"output_dir={tmp_path / 'mine'}"]
     config, digest = load_config("digits-varcon", given), read_dataset_info(data).digest
     write_manifest(config, {}, digest, world_size=1, device="cpu")
+    assert check_run_directory(config, digest, "auto").checkpoints == []
     other = load_config("digits-varcon", [*given, "optimizer.lr=9"])
-    assert check_run_directory(other, digest, "auto").checkpoints == []
+    refusal = r"optimizer\.lr is 0\.05 there, 9\.0 now"
+    with pytest.raises(UserError, match=f"{refusal}; it has no checkpoint: if it is not running, delete it$"):
+        check_run_directory(other, digest, "auto")
     write_checkpoint(config.output_dir, 5, {}, {}, keep=1)
-    with pytest.raises(UserError, match=r"optimizer\.lr is 0\.05 there, 9\.0 now"):
+    with pytest.raises(UserError, match=f"{refusal}$"):
         check_run_directory(other, digest, "auto")
 
 

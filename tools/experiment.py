@@ -63,6 +63,8 @@ def main(arguments: list[str] | None = None) -> int:
         measures = measures_of(experiment, lists["columns"], options.scale)
         runs = folder_of(experiment["runs_of"], options)
         check_data(trials[0].config.data.dir, scale)
+        for trial in trials:
+            check_made(trial.config)
         if options.submit:
             return submit(trials, runs, passed_on)
         refuse_while_submitted(trials, runs)
@@ -184,9 +186,7 @@ def _as_file_name(label: str) -> str:
 
 def train(config: Config, folder: Path) -> bool:
     """Train a run to its end, from where it stands; whether it got there: some settings of a sweep lead to a loss that
-    is not finite, and such a run is left out. Raises UserError where it fails otherwise, or has other settings."""
-    if latest_checkpoint(config.output_dir):
-        check_made(config)
+    is not finite, and such a run is left out. Raises UserError where it fails otherwise."""
     path = write_config(config, folder)
     code = code_of(str(ROOT / "varscale/train.py"), "--config", str(path), "--resume", "auto")
     if code == EXIT_BAD_STEP:
@@ -237,8 +237,10 @@ def all_measured(experiment: dict, scale: dict, options: argparse.Namespace, mea
 
 
 def check_made(config: Config) -> None:
-    """Raises UserError where the run in its directory is not one of this configuration and data."""
+    """Raises UserError where there is a run in its directory, but not one of this configuration and data."""
     run = config.output_dir
+    if not (run / "manifest.json").is_file():
+        return
     digest = read_dataset_info(config.data.dir).digest
     try:
         refuse_another_run(read_manifest(run), config, digest, run, same_split=True)

@@ -39,13 +39,10 @@ def replace_link(path: Path, target: str) -> None:
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
     """Wait until no other process is in this block for the folder; where its file system has no locks, do not."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
+    with open(folder / f"{_ASIDE}lock", "a") as file:  # NFS locks only what is open for writing
         with suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
-    finally:
-        os.close(handle)
 
 
 def is_unfinished(path: Path) -> bool:
@@ -54,9 +51,9 @@ def is_unfinished(path: Path) -> bool:
 
 
 def let_others_read(path: Path) -> None:
-    """Give a file the permissions of a new one, as far as the umask lets others read; safetensors' own give none."""
-    umask = re.search(r"^Umask:\s*(\d+)", Path("/proc/self/status").read_text(), re.MULTILINE)
-    path.chmod(0o644 & ~int(umask[1], 8))
+    """Give a file the permissions of a new one, which the umask limits; safetensors lets its owner alone read."""
+    found = re.search(r"^Umask:\s*(\d+)", Path("/proc/self/status").read_text(), re.MULTILINE)
+    path.chmod(0o666 & ~(int(found[1], 8) if found else 0o022))
 
 
 def sync(path: Path) -> None:

@@ -51,7 +51,7 @@ def test_two_evaluations_at_once_lose_nothing(report):
         process.join()
     assert [process.exitcode for process in processes] == [0, 0, 0]
     assert len(records(report)) == 120
-    assert [path.name for path in report.path.parent.iterdir()] == [report.path.name]
+    assert [path.name for path in report.path.parent.glob("[!.]*")] == [report.path.name]
 
 
 def test_models_without_a_metric_have_a_dash(report):

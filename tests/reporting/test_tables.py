@@ -257,7 +257,11 @@ def test_seeds_measured_at_different_steps_are_not_averaged(tmp_path):
     for run, step, value in zip(runs, (12, 8, 12), (90.0, 50.0, 92.0), strict=True):
         measure(run, step, record("knn", {"top1_k20": value}))
     table = over_seeds(subjects(read_runs(runs)))
-    assert [column.text for column in table.columns] == ["metric", "a (3 seeds), step 12", "a (3 seeds), step 8"]
+    assert [column.text for column in table.columns] == [
+        "metric",
+        "a (3 seeds): 2 at step 12",
+        "a (3 seeds): 1 at step 8",
+    ]
     assert table.rows == [("knn top1_k20 (%)", "91.00 ± 12.71", "50.00")]
 
 

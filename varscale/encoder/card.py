@@ -7,6 +7,7 @@ from varscale.config import parse_config, to_yaml
 from varscale.data.dataset import DatasetInfo
 from varscale.encoder.description import Description
 from varscale.engine.rundir import read_evaluation, read_manifest, read_metrics
+from varscale.errors import UserError
 
 CLASSES_NAMED = 10
 FILL_IN = "**to be filled in**"
@@ -107,7 +108,10 @@ def _metrics(run: Path, checkpoint: Path, step: int) -> str:
     path = run / "evaluation" / f"{checkpoint.name}.json"
     parts = []
     if path.is_file():
-        rows = [row for record in read_evaluation(path)["results"] for row in _rows(record)]
+        try:
+            rows = [row for record in read_evaluation(path)["results"] for row in _rows(record)]
+        except (KeyError, TypeError, AttributeError):
+            raise UserError(f"{path}: not a file of results; move it away and measure again") from None
         parts.append("Measured by `python -m varscale.evaluate`; accuracies in percent on the held-out images.")
         parts.append(_table(("model", "evaluator", "metric", "value", "data", "settings"), rows))
     online = [line for line in read_metrics(run / "metrics.jsonl") if line["kind"] == "knn" and line["step"] <= step]

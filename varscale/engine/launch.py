@@ -127,11 +127,12 @@ def check_run_directory(config: Config, data_digest: str, resume: str | None) ->
         raise UserError(f"output_dir: {run} holds files that are not a run's; choose an empty or new directory")
     checkpoints = find_checkpoints(run)
     if resume is None:
-        how = "continue it" if checkpoints else "it has no checkpoint: begin anew in its place"
-        raise UserError(f"output_dir: {run} already holds a run; {how} with --resume auto, or choose another")
-    manifest = read_manifest(run)
-    if checkpoints:  # a run that ended before its first is in nobody's way
-        refuse_another_run(manifest, config, data_digest, run)
+        raise UserError(f"output_dir: {run} already holds a run; continue it with --resume auto, or choose another")
+    try:
+        refuse_another_run(read_manifest(run), config, data_digest, run)
+    except UserError as error:
+        hint = "" if checkpoints else "; it has no checkpoint: if it is not running, delete it"
+        raise UserError(f"{error}{hint}") from None
     return Origin(checkpoints)
 
 

@@ -25,9 +25,9 @@ class Subject:
     line: str = "-"
 
     def record(self, evaluator: str) -> dict | None:
-        """The record of an evaluator on the run's own data: without a variant, else the newest."""
+        """The record of an evaluator on the run's own data: its usual variant, else linear's other protocol."""
         found = self.variants(evaluator)
-        return found.get("") or next(reversed(found.values()), None)
+        return found.get("") or found.get("imagenet")
 
     def variants(self, evaluator: str) -> dict[str, dict]:
         """The records of an evaluator on the run's own data, by their variants."""
@@ -55,13 +55,10 @@ def subjects(runs: Sequence[Run]) -> list[Subject]:
     Repetitions that were measured at another step than the others are a group of their own.
     """
     measured = [(run, run.evaluations[-1].records) for run in runs if run.evaluations]
-    moments = {(run.look.name, run.evaluations[-1].step) for run, _ in measured}
-    looks = [name for name, _ in moments]
     trained = [
-        Subject(run.name, False, look.colour, _of(TRAINED, records), run.data_digest, group, look.line)
+        Subject(run.name, False, look.colour, _of(TRAINED, records), run.data_digest, _group(run, runs), look.line)
         for run, records in measured
         if (look := run.look)
-        and (group := look.name if looks.count(look.name) == 1 else f"{look.name}, step {run.evaluations[-1].step}")
     ]
     baselines: dict[str, list[Subject]] = {}
     for run, records in measured:
@@ -74,6 +71,14 @@ def subjects(runs: Sequence[Run]) -> list[Subject]:
     found = [one for same in baselines.values() for one in same]
     groups = list(dict.fromkeys(one.group for one in found))
     return trained + [replace(one, colour=GREYS[groups.index(one.group) % len(GREYS)]) for one in found]
+
+
+def _group(run: Run, runs: Sequence[Run]) -> str:
+    steps = [one.evaluations[-1].step for one in runs if one.evaluations and one.look == run.look]
+    own = run.evaluations[-1].step
+    if steps.count(own) == len(steps):
+        return run.look.name
+    return f"{run.look.name}: {steps.count(own)} at step {own}"
 
 
 def _baselines(run: Run, records: list[dict]) -> Iterator[tuple[str, list[dict]]]:
