@@ -144,7 +144,6 @@ def test_resuming_from_the_middle_gives_the_same_end(train, varcon_alone, vit_pa
     assert len(json.loads((again / "manifest.json").read_text())["starts"]) == 2
 
 
-@pytest.mark.slow
 def test_vssl_under_zero_3_on_two_ranks_resumes_on_one_under_zero_0(train, vssl_alone):
     # The projector's batch norm divides by the small differences between class tokens and so enlarges rounding: losses
     # agree to 1e-9 at first and to a few 1e-3 later. A lost momentum or teacher shows at once.

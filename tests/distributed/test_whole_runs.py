@@ -12,7 +12,6 @@ steps is the bound; a bound that is not small against the way the parameters wen
 
 import json
 import math
-from collections.abc import Iterable
 from itertools import product
 from pathlib import Path
 
@@ -22,6 +21,8 @@ from safetensors.torch import load_file
 
 from varscale.engine.checkpoints import read_part, read_state, write_checkpoint
 from varscale.engine.metrics import MEASURED
+
+pytestmark = pytest.mark.slow  # tests/test_train_runs.py has ViTs on two ranks, and from ZeRO-3 on two to one
 
 START, STEPS = 10, 20
 SLACK = 4
@@ -155,14 +156,9 @@ def runs(run_ranks, digits, tmp_path_factory) -> Runs:
     return Runs(run_ranks, digits, tmp_path_factory.mktemp("runs"))
 
 
-def all_but_slow(*quick: tuple, of: Iterable[tuple]) -> list:
-    """The cases, marked as slow except for the quick ones."""
-    return [case if case in quick else pytest.param(*case, marks=pytest.mark.slow) for case in of]
-
-
 @pytest.mark.parametrize(
     ("kind", "world_size"),
-    all_but_slow(of=product(KINDS, (2, 4))),  # tests/test_train_runs.py has two ranks of a ViT
+    product(KINDS, (2, 4)),
 )
 def test_the_number_of_ranks_changes_nothing_but_rounding(runs, kind, world_size):
     ours, theirs = metrics(runs.check(kind, world_size)), metrics(runs.reference(kind))
@@ -179,7 +175,7 @@ def test_the_number_of_ranks_changes_nothing_but_rounding(runs, kind, world_size
 
 @pytest.mark.parametrize(
     ("kind", "zero"),
-    all_but_slow(of=product(("varcon-resnet", "vssl-resnet"), ("zero1", "zero2", "zero3", "zero3_offload"))),
+    product(("varcon-resnet", "vssl-resnet"), ("zero1", "zero2", "zero3", "zero3_offload")),
 )
 def test_the_zero_stage_changes_nothing_but_rounding(runs, kind, zero):
     runs.check(kind, 2, f"deepspeed.config={zero}")
@@ -187,15 +183,12 @@ def test_the_zero_stage_changes_nothing_but_rounding(runs, kind, zero):
 
 @pytest.mark.parametrize(
     ("kind", "before", "world_size", "zero"),
-    all_but_slow(
+    [
+        ("varcon-vit", "zero0", 4, "zero2"),
         ("varcon-vit", "zero3", 1, "zero0"),
-        of=[
-            ("varcon-vit", "zero0", 4, "zero2"),
-            ("varcon-vit", "zero3", 1, "zero0"),
-            ("vssl-resnet", "zero3", 1, "zero0"),
-            ("vssl-resnet", "zero3", 4, "zero1"),
-        ],
-    ),
+        ("vssl-resnet", "zero3", 1, "zero0"),
+        ("vssl-resnet", "zero3", 4, "zero1"),
+    ],
 )
 def test_a_run_that_goes_on_on_other_ranks_ends_the_same_but_for_rounding(runs, kind, before, world_size, zero):
     """Two ranks take steps 11 to 20, others steps 21 to 30; the order of the data goes on where it was."""
@@ -207,7 +200,7 @@ def test_a_run_that_goes_on_on_other_ranks_ends_the_same_but_for_rounding(runs, 
 
 @pytest.mark.parametrize(
     ("kind", "micro_batches"),
-    all_but_slow(of=product(("varcon-vit", "supcon-vit", "simclr-vit"), (2, 4))),
+    product(("varcon-vit", "supcon-vit", "simclr-vit"), (2, 4)),
 )
 def test_micro_batches_change_nothing_but_rounding_without_batch_norm(runs, kind, micro_batches):
     overrides = [f"batch.gradient_accumulation_steps={micro_batches}", "deepspeed.config=zero2"]

@@ -67,6 +67,7 @@ def test_every_contender_has_a_row(repository, tmp_path):
     assert "64 raw images (64 different, up to 32 x 32), 10 classes" in ended.stdout
 
 
+@pytest.mark.slow
 def test_what_was_measured_survives_a_kill(tmp_path, killed_once_written):
     found = killed_once_written(
         "bench_train", *SMALL, "--only", "usual", "--rounds", 1000, "--json", tmp_path / "found.json"
@@ -138,6 +139,7 @@ def test_lightly_takes_part_where_it_is_installed(repository, tmp_path):
     assert json.loads((tmp_path / "found.json").read_text())["rows"][0]["views"] == 8
 
 
+@pytest.mark.slow
 def test_a_contender_that_fails_has_a_row_and_the_exit_code_tells(repository):
     ended = run(repository, "deepspeed.config=none.json", "--only", "ours")
     assert ended.returncode == 1
@@ -188,6 +190,7 @@ def test_every_row_has_its_precision_and_no_epoch_ends_in_a_round(bench, tmp_pat
     assert [row.views for row in rows] == [512, 512, 128, 1024]
 
 
+@pytest.mark.slow
 def test_ours_settles_each_step_as_training_does(repository, tmp_path):
     """The second step ends only when the first is known: a loss above the limit is found before the third begins."""
     ended = run(repository, "safety.loss_limit=0.000001", "--only", "ours", "--warm-up", 5)
