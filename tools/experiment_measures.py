@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from varscale.config import parse_section
+from varscale.data.dataset import INFO_FILE, read_dataset_info
 from varscale.engine.rundir import find_checkpoint, find_checkpoints, read_manifest, read_results
 from varscale.errors import UserError
 
@@ -53,7 +54,7 @@ def not_measured(place: Path, measures: Measures, model: str = TRAINED) -> list[
 
 def results(place: Path, settings: list[str], model: str = TRAINED) -> dict[str, dict]:
     """By evaluator, the records of a checkpoint's (a run's newest) encoder, or of a baseline: in float32, with these
-    settings and otherwise the default ones, on the data it was trained on; only `transfer` is on other data."""
+    settings and otherwise the default ones, on the data it was trained on; only `transfer` is on what it names."""
     from varscale.evaluation import Settings
 
     wanted = parse_section(Settings, {}, "settings", settings).model_dump(mode="json")
@@ -62,12 +63,14 @@ def results(place: Path, settings: list[str], model: str = TRAINED) -> dict[str,
         records = read_results(place)
     except UserError:  # not measured yet
         return {}
+    other = wanted["transfer"]["data"]
+    digest_of_other = read_dataset_info(Path(other)).digest if other and Path(other, INFO_FILE).is_file() else None
     found = {}
     for record in records:
         name, precision = record["evaluator"], record.get("precision", "float32")
         asked = {key: value for key, value in wanted.get(name, {}).items() if key not in CHOICES}
         is_so = all(record["settings"].get(key, value) == value for key, value in asked.items())
-        on_its_data = record["data"]["digest"] == digest or name == "transfer"
+        on_its_data = record["data"]["digest"] == (digest_of_other if name == "transfer" else digest)
         if record["model"] == model and precision == "float32" and is_so and on_its_data:
             found[name] = record
     return found

@@ -224,14 +224,18 @@ def test_a_run_that_a_bad_step_stopped_is_left_out(experiment, digits, tmp_path,
     assert told.splitlines()[-1] == "error: no run came to its end: there is nothing to show"
 
 
-def test_transfer_is_measured_on_other_data_which_the_settings_name(experiment, lists, chosen, tmp_path):
-    run = made_runs.make_run(tmp_path / "a")
-    measures = experiment.measures_of(chosen("transfer"), {}, "smoke")
-    other = {"dir": "data/digits", "digest": "another"}
-    metrics = {"linear_top1": 60.0, "finetune_top1": 70.0}
-    record = made_runs.record("transfer", metrics, data=other, settings={"data": "data/digits", "epochs": 4})
-    made_runs.measure(run, 12, record)
-    assert experiment.not_measured(run, measures) == []
+def test_transfer_is_measured_on_other_data_which_the_settings_name(experiment, chosen, digits, tmp_path):
+    run, columns = made_runs.make_run(tmp_path / "a"), chosen("transfer")["columns"]
+    measures = experiment.Measures(columns, [f"transfer.data={digits}", "transfer.epochs=4"])
+
+    def left_after(digest):
+        metrics = {"linear_top1": 60.0, "finetune_top1": 70.0}
+        other, settings = {"dir": str(digits), "digest": digest}, {"data": str(digits), "epochs": 4}
+        made_runs.measure(run, 12, made_runs.record("transfer", metrics, data=other, settings=settings))
+        return experiment.not_measured(run, measures)
+
+    assert left_after("of images that were there before") == ["transfer"]
+    assert left_after(read_dataset_info(digits).digest) == []
     assert experiment.not_measured(run, experiment.measures_of(chosen("transfer"), {}, "cifar")) == ["transfer"]
 
 
