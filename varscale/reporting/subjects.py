@@ -56,9 +56,10 @@ def subjects(runs: Sequence[Run]) -> list[Subject]:
     """
     measured = [(run, run.evaluations[-1].records) for run in runs if run.evaluations]
     trained = [
-        Subject(run.name, False, look.colour, _of(TRAINED, records), run.data_digest, _group(run, runs), look.line)
-        for run, records in measured
-        if (look := run.look)
+        Subject(
+            run.name, False, run.look.colour, _of(TRAINED, found), run.data_digest, _group(run, runs), run.look.line
+        )
+        for run, found in measured
     ]
     baselines: dict[str, list[Subject]] = {}
     for run, records in measured:
@@ -74,6 +75,7 @@ def subjects(runs: Sequence[Run]) -> list[Subject]:
 
 
 def _group(run: Run, runs: Sequence[Run]) -> str:
+    """What a run and its repetitions measured at the same step are called together."""
     steps = [one.evaluations[-1].step for one in runs if one.evaluations and one.look == run.look]
     own = run.evaluations[-1].step
     if steps.count(own) == len(steps):
