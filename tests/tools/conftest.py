@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 
 @pytest.fixture
@@ -31,3 +32,23 @@ def killed_once_written(repository, tmp_path):
         return json.loads(Path(arguments[-1]).read_text())
 
     return run
+
+
+@pytest.fixture(scope="session")
+def experiment(tool):
+    return tool("experiment")
+
+
+@pytest.fixture(scope="session")
+def lists(experiment):
+    return yaml.safe_load(experiment.LISTS.read_text())
+
+
+@pytest.fixture(scope="session")
+def measures(experiment, lists):
+    return experiment.Measures(lists["columns"], [])
+
+
+@pytest.fixture(scope="session")
+def chosen(experiment, lists):
+    return lambda name: experiment.chosen(lists["experiments"], name)

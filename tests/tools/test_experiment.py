@@ -1,19 +1,15 @@
-"""The papers' experiments: every list gives runs that can start, and one is run, measured, tabulated and drawn."""
+"""The papers' experiments: every list gives runs that can start, and what becomes of them is tabulated and drawn."""
 
 import argparse
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import experiment_measures
 import experiment_tables
 import made_runs
 import pytest
-import yaml
 from PIL import Image
 
 from varscale.cluster.submission import Run, Submission
@@ -21,29 +17,8 @@ from varscale.config import load_config
 from varscale.data.dataset import read_dataset_info
 from varscale.engine.checkpoints import write_checkpoint
 from varscale.engine.manifest import write_manifest
-from varscale.engine.rundir import read_manifest
 
 SCALES = ["digits", "smoke", "cifar10", "cifar", "imagenet"]
-
-
-@pytest.fixture(scope="module")
-def experiment(tool):
-    return tool("experiment")
-
-
-@pytest.fixture(scope="module")
-def lists(experiment):
-    return yaml.safe_load(experiment.LISTS.read_text())
-
-
-@pytest.fixture(scope="module")
-def measures(experiment, lists):
-    return experiment.Measures(lists["columns"], [])
-
-
-@pytest.fixture(scope="module")
-def chosen(experiment, lists):
-    return lambda name: experiment.chosen(lists["experiments"], name)
 
 
 def options(**changes):
@@ -163,80 +138,6 @@ def test_without_a_name_they_are_listed(experiment, lists, capsys):
     for name, content in lists["experiments"].items():
         assert name in shown
         assert content["question"] in shown
-
-
-def test_measured_is_what_the_table_shows_on_the_runs_own_data(experiment, measures, tmp_path):
-    run = made_runs.make_run(tmp_path / "a")
-    assert experiment.not_measured(run, measures) == ["knn", "linear_cached"]
-    own = [made_runs.record("knn", {"top1_k5": 70.0}), made_runs.record("linear_cached", {"top1": 80.0})]
-    other = made_runs.record("linear_cached", {"top1": 11.0}, data={"dir": "d", "digest": "another"})
-    made_runs.measure(run, 12, *own, other)
-    assert experiment.results(run, [])["linear_cached"]["metrics"] == {"top1": 80.0}
-    assert experiment.not_measured(run, measures) == ["knn"]
-    made_runs.measure(run, 12, own[0], other)
-    assert experiment.not_measured(run, measures) == ["knn", "linear_cached"]
-
-
-def test_what_was_measured_otherwise_is_not_what_the_table_shows(experiment, tmp_path):
-    run = made_runs.make_run(tmp_path / "a")
-    folder, made = {"dir": "cifar10c"}, {"dir": None}
-    corrupted = made_runs.record("corruption", {"clean_knn": 50.0}, settings=made)
-    made_runs.measure(
-        run,
-        12,
-        corrupted,
-        made_runs.record("corruption", {"clean_knn": 11.0}, settings=folder, variant="cifar10c"),
-        made_runs.record("knn", {"top1_k20": 1.0}, settings={"k": [20], "temperature": 99.0}),
-        made_runs.record("linear_cached", {"top1": 2.0}, precision="bfloat16"),
-    )
-    assert experiment.results(run, []) == {"corruption": corrupted}
-    assert set(experiment.results(run, ["knn.temperature=99.0"])) == {"corruption", "knn"}
-    assert experiment.results(run, ["corruption.dir=cifar10c"])["corruption"]["metrics"] == {"clean_knn": 11.0}
-
-
-def test_a_linear_layer_measured_by_default_is_known(experiment, tmp_path):
-    run = made_runs.make_run(tmp_path / "a")
-    settings = {"protocol": "cifar", "epochs": 100, "lr": 5.0, "batch_size": 60}  # as linear.py records them
-    made_runs.measure(run, 12, made_runs.record("linear", {"top1": 50.0}, settings=settings))
-    assert experiment.results(run, [])["linear"]["metrics"] == {"top1": 50.0}
-    assert experiment.results(run, ["linear.protocol=imagenet"]) == {}
-
-
-def test_every_checkpoint_is_measured_where_the_experiment_says_so(experiment, chosen, tmp_path, monkeypatch):
-    run, given = made_runs.make_run(tmp_path / "a"), []
-    monkeypatch.setattr(experiment_measures, "code_of", lambda *arguments: given.append(arguments) or 0)
-    experiment.measure(run, experiment.measures_of(chosen("embedding-epochs"), {}, "smoke"))
-    checkpoints = [run / "checkpoints" / f"step-{step:08d}" for step in (8, 12)]
-    assert [Path(arguments[3]) for arguments in given] == checkpoints
-    assert {arguments[4:] for arguments in given} == {("knn", "embedding_plot")}
-    made_runs.measure(run, 12, made_runs.record("knn", {"top1_k20": 70.0}))
-    given.clear()
-    experiment.measure(run, experiment.measures_of(chosen("embedding-epochs"), {}, "smoke"))
-    assert [arguments[4:] for arguments in given] == [("knn", "embedding_plot"), ("embedding_plot",)]
-
-
-def test_a_run_that_a_bad_step_stopped_is_left_out(experiment, digits, tmp_path, capfd):
-    settings = ["data.image_size=16", "data.workers=1", "batch.global_batch_size=64", "safety.loss_limit=1.0e-9"]
-    arguments = ["epsilon", "--only", "0.0", "0.02", "--data", str(digits), "--out", str(tmp_path), "--set", *settings]
-    assert experiment.main(arguments) == 2
-    told = capfd.readouterr().err
-    assert told.count("is left out: it was stopped by a bad step") == 2, "the second was begun, too"
-    assert told.splitlines()[-1] == "error: no run came to its end: there is nothing to show"
-
-
-def test_transfer_is_measured_on_other_data_which_the_settings_name(experiment, chosen, digits, tmp_path):
-    run, columns = made_runs.make_run(tmp_path / "a"), chosen("transfer")["columns"]
-    measures = experiment.Measures(columns, [f"transfer.data={digits}", "transfer.epochs=4"])
-
-    def left_after(digest):
-        metrics = {"linear_top1": 60.0, "finetune_top1": 70.0}
-        other, settings = {"dir": str(digits), "digest": digest}, {"data": str(digits), "epochs": 4}
-        made_runs.measure(run, 12, made_runs.record("transfer", metrics, data=other, settings=settings))
-        return experiment.not_measured(run, measures)
-
-    assert left_after("of images that were there before") == ["transfer"]
-    assert left_after(read_dataset_info(digits).digest) == []
-    assert experiment.not_measured(run, experiment.measures_of(chosen("transfer"), {}, "cifar")) == ["transfer"]
 
 
 STEPS = 4 * (320 // 128)  # of the smoke scale's epochs of the digits
@@ -373,59 +274,3 @@ def test_it_waits_for_a_submission_of_its_runs(experiment, digits, tmp_path, cap
     assert len(told.splitlines()) == 1
     assert not (folder / "0.02-seed0").exists()
     experiment.refuse_while_submitted([], folder)  # it has ended
-
-
-@pytest.mark.slow
-def test_an_experiment_is_run_measured_and_shown_and_given_again_only_shown(experiment, digits, tmp_path, capfd):
-    settings = ["data.image_size=16", "data.workers=1", "schedule.epochs=1", "compute.precision=float32"]
-    settings += ["schedule.warmup_epochs=0", "batch.global_batch_size=64", "online_knn.every_epochs=0"]
-    settings += ["objective.latent_dim=16", "objective.projector_hidden=32", "objective.predictor_hidden=32"]
-    of_two = ["vssl", "--only", "VSSL", "Euclidean distance"]
-    arguments = [*of_two, "--data", str(digits), "--out", str(tmp_path), "--set", *settings]
-    assert experiment.main(arguments) == 0
-    folder = tmp_path / "vssl-smoke"
-    assert (folder / "plot.png").read_bytes().startswith(b"\x89PNG")
-    rows = [line for line in (folder / "table.md").read_text().splitlines() if line.startswith("| ")]
-    assert [row.split("|")[1].strip() for row in rows] == ["", "VSSL", "Euclidean distance"]
-    for label, distance, row in zip(("VSSL", "Euclidean distance"), ("cosine", "euclidean"), rows[1:], strict=True):
-        run = folder / f"{label.replace(' ', '_')}-seed0"
-        assert json.loads((run / "manifest.json").read_text())["config"]["objective"]["distance"] == distance
-        found = experiment.results(run, [])
-        expected = [found["knn"]["metrics"]["top1_k20"], found["linear_cached"]["metrics"]["top1"]]
-        assert row == f"| {label} | " + " | ".join(f"{value:.2f}" for value in expected) + " |"
-
-    def stamps():
-        return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.parent.name == "evaluation"}
-
-    before, _ = stamps(), capfd.readouterr()
-    assert experiment.main(arguments) == 0
-    assert stamps() == before
-    shown = capfd.readouterr()
-    manifests = [json.loads(path.read_text()) for path in folder.glob("*/manifest.json")]
-    assert [len(manifest["starts"]) for manifest in manifests] == [1, 1], "a finished run is not started again"
-    assert (folder / "table.md").read_text() in shown.out
-
-
-@pytest.mark.slow
-def test_an_interrupted_experiment_goes_on_and_ends_as_one_that_was_not(repository, experiment, digits, tmp_path):
-    settings = ["data.image_size=16", "data.workers=1", "schedule.epochs=4", "compute.precision=float32"]
-    settings += ["batch.global_batch_size=64", "online_knn.every_epochs=0", "checkpoint.every_steps=2"]
-    arguments = ["terms", "--only", "KL alone", "NLL alone", "--data", str(digits), "--set", *settings, "--out"]
-    with open(tmp_path / "said", "wb") as said:
-        command = [sys.executable, repository / "tools" / "experiment.py", *arguments, tmp_path / "killed"]
-        process = subprocess.Popen(list(map(str, command)), stdout=said, stderr=said, start_new_session=True)
-    first, second = (tmp_path / "killed" / "terms-smoke" / f"{name}-seed0" for name in ("KL_alone", "NLL_alone"))
-    deadline = time.monotonic() + 300
-    while not (first / "checkpoints" / "latest").exists():
-        assert process.poll() is None, (tmp_path / "said").read_text()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not second.exists()
-
-    for place in ("killed", "whole"):
-        assert experiment.main([*arguments, str(tmp_path / place)]) == 0
-    killed, whole = ((tmp_path / place / "terms-smoke" / "table.md").read_text() for place in ("killed", "whole"))
-    assert killed == whole
-    assert [len(read_manifest(run)["starts"]) for run in (first, second)] == [2, 1]
