@@ -42,6 +42,8 @@ def setup(repository, tmp_path):
 
 
 COMPILER = {"g++": "exit 0", "pkg-config": "exit 0"}
+ROOMY = {"df": "echo header; echo /dev/x 100 0 99999999 0% /"}  # whatever this machine's disk has
+FULL = {"df": "echo header; echo /dev/x 100 0 2097152 0% /"}
 UNTOUCHED = ["requirements.lock", "tools"]
 
 
@@ -67,7 +69,7 @@ def test_check_changes_nothing(setup):
 
 
 def test_a_full_disk_is_seen_before_anything_is_installed(setup):
-    code, said, left = setup(**COMPILER, df="echo header; echo /dev/x 100 0 2097152 0% /")
+    code, said, left = setup(**COMPILER, **FULL)
     assert (code, left) == (2, UNTOUCHED), said
     assert "2 GiB free" in said
     assert "8 GiB are needed" in said
@@ -75,7 +77,7 @@ def test_a_full_disk_is_seen_before_anything_is_installed(setup):
 
 def test_a_wheelhouse_that_lacks_packages_is_refused(setup, tmp_path):
     (tmp_path / "wheels").mkdir()
-    code, said, _ = setup("--wheelhouse", tmp_path / "wheels", **COMPILER)
+    code, said, _ = setup("--wheelhouse", tmp_path / "wheels", **COMPILER, **ROOMY)
     assert code == 2, said
     assert f"{tmp_path / 'wheels'} must hold wheels of all of requirements.lock" in said.splitlines()[-1]
 
@@ -90,7 +92,7 @@ def test_a_wheelhouse_with_ffcv_takes_no_compiler(setup, tmp_path):
 
 
 def test_without_root_slurm_is_said_to_be_missing_and_nothing_waits_for_it(setup):
-    code, said, _ = setup("--with-slurm", id="echo 1000", **COMPILER, df="echo header; echo /dev/x 100 0 2097152 0% /")
+    code, said, _ = setup("--with-slurm", id="echo 1000", **COMPILER, **FULL)
     assert "Slurm is not installed: its tests will be skipped. As root: apt-get install slurm-wlm munge" in said
     assert said.splitlines()[-1].startswith("setup: 2 GiB free")
     assert code == 2
@@ -99,7 +101,7 @@ def test_without_root_slurm_is_said_to_be_missing_and_nothing_waits_for_it(setup
 def test_as_root_slurm_is_installed(setup, tmp_path):
     log = tmp_path / "apt-get.log"
     apt_get = {"apt-get": f'echo "$@" >>{log}', "id": "echo 0"}
-    _, said, _ = setup("--with-slurm", **COMPILER, **apt_get, df="echo header; echo /dev/x 100 0 2097152 0% /")
+    _, said, _ = setup("--with-slurm", **COMPILER, **apt_get, **FULL)
     assert "installing system packages: slurm-wlm munge" in said
     assert log.read_text().splitlines()[1].endswith("--no-install-recommends slurm-wlm munge")
 
