@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
+from varscale.engine.allocator import keep_freed_memory
 from varscale.errors import UserError
 
 PATIENCE = (
@@ -64,6 +65,8 @@ def join(watchdog_seconds: float = 0.0) -> Ranks:
         device = torch.device("cuda", gpu_of(local_rank, torch.cuda.device_count()))
         torch.cuda.set_device(device)
         os.environ["LOCAL_RANK"] = str(device.index)  # what DeepSpeed takes for its device
+    else:
+        keep_freed_memory()
     backend = "nccl" if device.type == "cuda" else "gloo"
     # For ranks on CPU DeepSpeed would compile a reduction that only tensor-parallel inference uses, and load it under a
     # lock file: a process killed at that moment would leave the lock, and every later one would wait for ever.
