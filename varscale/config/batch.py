@@ -14,6 +14,11 @@ class BatchSizes(NamedTuple):
     gradient_accumulation_steps: int
     world_size: int
 
+    def micro_batches_ahead(self, batches_ahead: int) -> int:
+        """How many the loader decodes ahead where `data.batches_ahead` are wanted: at least a step's, which are taken
+        all at once, or the device would wait for those beyond."""
+        return max(batches_ahead, self.gradient_accumulation_steps)
+
 
 def resolve_batch(batch: BatchConfig, world_size: int) -> BatchSizes:
     """Fill in what the recipe leaves open; raises UserError where the sizes do not multiply out."""

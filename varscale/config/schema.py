@@ -27,7 +27,7 @@ class DataConfig(Section):
     ] = "simaugment"
     loader: Literal["ffcv", "torch"] = "ffcv"  # what decodes: torch is slower and needs no FFCV
     workers: NonNegativeInt = 0  # 0: this machine's cores, divided among its ranks
-    batches_ahead: PositiveInt = 3
+    batches_ahead: PositiveInt = 3  # micro-batches; those of a whole step where they are more
     os_cache: bool | None = None  # null: where the file fits into the memory that is free
     on_bad_sample: Literal["stop", "skip"] = "stop"
 

@@ -7,12 +7,13 @@ from contextlib import AbstractContextManager, closing, contextmanager, nullcont
 import torch
 from deepspeed import DeepSpeedEngine
 
-from varscale.config import Config
+from varscale.config import Config, zero_stage
 from varscale.data.augment import Augmentation
 from varscale.data.geometry import training_crops
 from varscale.data.loader import Batch, ViewLoader
 from varscale.data.sampling import epoch_order, rank_batches
 from varscale.data.transfer import Upload
+from varscale.engine.allocator import give_back_memory
 from varscale.engine.bad_steps import Rewind
 from varscale.engine.distributed import Ranks
 from varscale.engine.launch import Job
@@ -26,18 +27,26 @@ STEPS_PER_COLLECTION = 50  # of garbage: the same steps on every rank
 
 
 def open_engine(config: Config, deepspeed: dict, learner: Learner) -> DeepSpeedEngine:
-    """The learner's network under DeepSpeed, with its optimizer; what stands beside the network partitioned like it."""
+    """The learner's network under DeepSpeed, with its optimizer; what stands beside the network partitioned like it.
+
+    Weights lie in memory as their images do, or every pass would turn them over; ZeRO's stages flatten them, though.
+    """
     optimizer = build_optimizer(
         learner.network.named_parameters(),
         partition_group=partition_group(deepspeed),
         **config.optimizer.model_dump(exclude={"clip_grad_norm"}),
     )
+    modules = (learner.network, *learner.companions().values())
     if config.compute.compile:
-        for module in (learner.network, *learner.companions().values()):
+        for module in modules:
             module.compile(dynamic=False)
     engine = build_engine(learner.network, optimizer, deepspeed)
     for companion in learner.companions().values():
         partition_companion(companion, deepspeed)
+    if not zero_stage(deepspeed):  # not before DeepSpeed has them, for it broadcasts none that are not contiguous
+        _, layout = view_format(config.compute)
+        for module in modules:
+            module.to(memory_format=layout)
     return engine
 
 
@@ -55,7 +64,8 @@ def dismantled_by_rewind(engine: DeepSpeedEngine) -> Iterator[None]:
 def garbage_left_alone() -> Iterator[None]:
     """Keep Python from collecting garbage in the middle of a step, while all other ranks wait for this one.
 
-    What exists already is not looked at again; what steps leave behind is collected by `open_steps`, between two steps.
+    What exists already is not looked at again; what steps leave behind is collected by `open_steps`, between two steps,
+    and between two epochs what outlived that.
     """
     gc.collect()
     gc.freeze()
@@ -101,6 +111,9 @@ def open_steps(
             rank=ranks.rank,
             world_size=ranks.world_size,
         )[first:]
+        gc.collect()
+        if ranks.device.type == "cpu":
+            give_back_memory()
         with closing(loader.batches(plan.reshape(-1, sizes.micro_batch_size), epoch)) as batches:
             for number in range(first, first + len(plan)):
                 if number % STEPS_PER_COLLECTION == 0:
@@ -119,7 +132,7 @@ def _open_views(job: Job, ranks: Ranks) -> tuple[ViewLoader, Callable[[Batch, in
         training_crops(d),
         seed=config.seed,
         workers=d.workers or ranks.cores,
-        batches_ahead=d.batches_ahead,
+        batches_ahead=job.sizes.micro_batches_ahead(d.batches_ahead),
         os_cache=d.os_cache,
         on_bad_sample=d.on_bad_sample,
         decoder=d.loader,

@@ -83,16 +83,16 @@ def _loader_memory(config: Config, sizes: BatchSizes) -> list[str]:
     if not (data.dir / "dataset.json").is_file():
         return []
     info, workers = read_dataset_info(data.dir), data.workers or len(os.sched_getaffinity(0))
-    sides = info.image_sizes["train"]
+    sides, ahead = info.image_sizes["train"], sizes.micro_batches_ahead(data.batches_ahead)
     size = memory_needed(
         training_crops(data),
         sizes.micro_batch_size,
-        batches_ahead=data.batches_ahead,
+        batches_ahead=ahead,
         workers=workers,
         image_bytes=2 * 3 * sides["max_height"] * sides["max_width"],  # a JPEG is hardly larger than its pixels
         samples=info.num_samples("train"),
     )
-    what = f"{data.batches_ahead + 2} micro-batches of views, and the largest image for each of {workers} workers"
+    what = f"{ahead + 2} micro-batches of views, and the largest image for each of {workers} workers"
     return [f"{'loader':<12} {size / GIB:8.3f} GiB of the host's: {what}"]
 
 

@@ -127,7 +127,7 @@ def restore_optimizer_state(engine: deepspeed.DeepSpeedEngine, saved: OptimizerS
         return
     for name, p in _trained(engine):
         if not engine.zero_optimization():
-            engine.optimizer.state[p] = {key: value.to(p.device, copy=True) for key, value in saved[name].items()}
+            engine.optimizer.state[p] = {key: _as_beside(p, value) for key, value in saved[name].items()}
             continue
         fragment = _fragment(engine, p)
         state = engine.optimizer.optimizer.state[fragment.shard]
@@ -183,5 +183,13 @@ def _trained(engine: deepspeed.DeepSpeedEngine) -> list[tuple[str, nn.Parameter]
     return [(name, p) for name, p in engine.module.named_parameters() if p.requires_grad]
 
 
+def _as_beside(parameter: nn.Parameter, value: Tensor) -> Tensor:
+    """A copy on the parameter's device and, where it has the parameter's shape, in its layout: fused optimizers ask for
+    that."""
+    if value.shape != parameter.shape:
+        return value.to(parameter.device, copy=True)
+    return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
+
+
 def _copy(value: object) -> Tensor:
-    return torch.as_tensor(value).detach().to("cpu", copy=True)
+    return torch.as_tensor(value).detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
