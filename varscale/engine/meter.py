@@ -35,17 +35,21 @@ class Meter:
     def add(self, step: Sequence[dict[str, Tensor]]) -> None:
         """Take in a step: the terms of each of its micro-batches, equally many on every rank."""
         self.steps += 1
-        for name in step[0]:
-            values = torch.stack([terms[name].detach().double() for terms in step])
+        averaged = []
+        for name, term in step[0].items():
             if name.endswith(("_min", "_max")):
-                extreme = (values * _sign(name)).max()
+                extreme = (_over(step, name) * _sign(name)).max()
                 self.extremes[name] = extreme.maximum(self.extremes.get(name, extreme))
             elif name.endswith(("_count", "_histogram")):
-                self.counts[name] = self.counts.get(name, 0.0) + values.sum(dim=0)
-            elif values.ndim > 1:
-                self.latest[name] = values.mean(dim=0)
+                self.counts[name] = self.counts.get(name, 0.0) + _over(step, name).sum(dim=0)
+            elif term.ndim:
+                self.latest[name] = _over(step, name).mean(dim=0)
             else:
-                self.sums[name] = self.sums.get(name, 0.0) + values.mean()
+                averaged.append(name)
+        if averaged:  # all of them at once, for on a GPU each operation is a launch
+            means = _over(step, *averaged).view(len(averaged), len(step)).mean(dim=1).unbind()
+            sums = torch._foreach_add(means, [self.sums[name] for name in averaged]) if self.sums else means
+            self.sums = dict(zip(averaged, sums, strict=True))
 
     def begin_reading(self) -> Callable[[], dict[str, Tensor]]:
         """Start anew; what was added on every rank before is on its way to the host, and the function returns it, in
@@ -95,6 +99,11 @@ def _share(table: str, values: Tensor, rank: int, world_size: int) -> Tensor:
     if table == "counts":
         return values.sum(dim=0) * (rank == 0)
     return values.mean(dim=0)
+
+
+def _over(step: Sequence[dict[str, Tensor]], *names: str) -> Tensor:
+    """Terms of all micro-batches, those of one name behind each other: (names x micro-batches, ...) float64."""
+    return torch.stack([terms[name].detach() for name in names for terms in step]).double()
 
 
 def _sign(name: str) -> int:

@@ -1,5 +1,6 @@
 """A step that the device was given, and what the host can know of it once it is done."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -31,8 +32,8 @@ class TakenStep:
         self.terms = [{name: value.detach() for name, value in part.items()} for part in terms]
         self.indices = [batch.indices for batch in micro_batches]
         self.is_bad: bool | None = None  # None until the ranks have agreed
-        finite = torch.stack([part["loss"] for part in self.terms]).isfinite().all()
-        self._health = HostCopy(torch.stack([gradient_norm.to(finite.device).double(), finite.double()]))
+        loss = torch.stack([part["loss"] for part in self.terms]).double().sum()
+        self._health = HostCopy(torch.stack([gradient_norm.to(loss.device).double(), loss]))
 
     @property
     def gradient_norm(self) -> float:
@@ -42,5 +43,5 @@ class TakenStep:
     @property
     def looks_bad(self) -> bool:
         """Whether this rank saw it go wrong: a marked loss, or a gradient that overflowed by itself. Waits likewise."""
-        norm, finite = self._health.read().tolist()
-        return not (finite and 0 <= norm < float("inf"))  # DeepSpeed says -1 where a norm is none
+        norm, loss = self._health.read().tolist()
+        return not (math.isfinite(loss) and 0 <= norm < math.inf)  # DeepSpeed says -1 where a norm is none
