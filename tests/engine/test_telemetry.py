@@ -1,6 +1,8 @@
 """The meter averages over steps and ranks, metrics.jsonl stays readable, a collapse is said once an epoch."""
 
 import json
+import re
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -59,6 +61,20 @@ def test_a_cpu_slow_in_bfloat16_is_told_of_float32(tmp_path, monkeypatch, capsys
     config = load_config("digits-varcon", [f"output_dir={tmp_path}/run", f"compute.precision={precision}"])
     open_telemetry(config, TrainState()).bar.close()
     assert capsys.readouterr().out.count("compute.precision=float32 may be the faster one") == told
+
+
+def test_the_progress_bar_shows_speed_and_memory(tmp_path):
+    config, learner = vssl(tmp_path)
+    state = TrainState()
+    with open_telemetry(config, state) as telemetry:
+        for _ in range(2):
+            state.advance(64)
+            telemetry.throughput.end()
+            telemetry.step(learner, taken(state, terms(0.5)))
+        telemetry.catch_up()
+        shown = str(telemetry.bar)
+    for name in ("images/s", "views/s", "ms", "p90 ms", "data wait", "GiB"):
+        assert re.search(rf"[ ,]{name}=[\d.e+-]+[,\]]", shown), (name, shown)
 
 
 def test_the_meter_averages_and_starts_anew():
@@ -158,6 +174,7 @@ def test_a_resumed_run_shows_no_step_twice_in_tensorboard(tmp_path):
                     telemetry.sync()
                     saved = state.to_dict()
         state = TrainState.from_dict(saved)
+        time.sleep(1 - time.time() % 1)  # TensorBoard sorts its files by the second
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
     seen = [(event.step, event.value) for event in events.Scalars("train/loss")]
     assert seen == [(1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0)]
