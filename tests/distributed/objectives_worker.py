@@ -38,8 +38,13 @@ def varcon_case(case, inputs, labels, group):
     parts = list(zip(inputs.chunk(case["micro_batches"]), labels.chunk(case["micro_batches"]), strict=True))
     with torch.no_grad():
         local = reduce(operator.add, (local_statistics(embed(x), y, case["num_classes"]) for x, y in parts))
-        statistics = local.all_reduce(group)
-    losses = [varcon_loss_from_statistics(embed(x), y, statistics)[0] / len(parts) for x, y in parts]
+        coming = local.begin_all_reduce(group)
+    embeddings = [embed(x) for x, _ in parts]
+    statistics = coming()
+    losses = [
+        varcon_loss_from_statistics(z, y, statistics)[0] / len(parts)
+        for z, (_, y) in zip(embeddings, parts, strict=True)
+    ]
     sum(losses).backward()
     return {"loss": sum(losses).detach(), "gradient": weight.grad, "classes_present": statistics.present.sum()}
 

@@ -42,7 +42,7 @@ class HostCopy:
         if tensor.device.type == "cuda":
             self.values = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
             self.values.copy_(tensor.detach(), non_blocking=True)
-            self.arrived = torch.cuda.Event()
+            self.arrived = torch.cuda.Event(blocking=True)  # a core that waited busily would be the loader's loss
             self.arrived.record()
 
     def read(self) -> Tensor:

@@ -1,5 +1,6 @@
 """Class centroids of the global batch: sums and counts per class, exchanged between ranks in one all-reduce."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -95,10 +96,30 @@ class ClassStatistics:
         """
         if world_size(group) == 1:
             return self
-        class_ids = self.class_ids
-        if self.num_classes > MAX_DENSE_CLASSES:
-            class_ids = _union_over_ranks(class_ids, group)
-        return replace(self, class_ids=class_ids, totals=_AllReduceSum.apply(self._totals_at(class_ids), group))
+        aligned = self._for_all_ranks(group)
+        return replace(aligned, totals=_AllReduceSum.apply(aligned.totals, group))
+
+    @torch.no_grad()
+    def begin_all_reduce(self, group: dist.ProcessGroup | None = None) -> Callable[[], "ClassStatistics"]:
+        """As `all_reduce` without gradient, under way: who calls what is returned waits for it, and gets the result."""
+        if world_size(group) == 1:
+            return lambda: self
+        aligned = self._for_all_ranks(group)
+        totals = aligned.totals.clone(memory_format=torch.contiguous_format)
+        work = dist.all_reduce(totals, group=group, async_op=True)
+
+        def finish() -> ClassStatistics:
+            work.wait()  # on a GPU the stream does, not the host
+            return replace(aligned, totals=totals)
+
+        return finish
+
+    def _for_all_ranks(self, group: dist.ProcessGroup | None) -> "ClassStatistics":
+        """With the same rows on every rank. A collective beyond `MAX_DENSE_CLASSES`."""
+        if self.num_classes <= MAX_DENSE_CLASSES:
+            return self
+        class_ids = _union_over_ranks(self.class_ids, group)
+        return replace(self, class_ids=class_ids, totals=self._totals_at(class_ids))
 
     def _totals_at(self, class_ids: Tensor) -> Tensor:
         """The totals laid out for `class_ids`, a superset of ours."""

@@ -1,6 +1,7 @@
 """VarCon in the training loop: exact class centroids over micro-batches, and what it shows of the temperature."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from varscale.engine.learners.accumulation import first_pass
 from varscale.engine.learners.base import Forward, Learner, MicroBatch, Shown, Terms
 from varscale.engine.messages import Message
 from varscale.models.networks import build_embedding_network
-from varscale.objectives.centroids import MAX_DENSE_CLASSES, local_statistics
+from varscale.objectives.centroids import MAX_DENSE_CLASSES, ClassStatistics, local_statistics
 from varscale.objectives.varcon import varcon_loss, varcon_loss_from_statistics
 
 TAU2_BINS = 40
@@ -28,14 +29,14 @@ class VarConLearner(Learner):
         self.network = build_embedding_network(encoder, embedding_dim=objective.embedding_dim)
         self.objective = objective
         self.num_classes = num_classes
-        self.statistics = None
+        self.step_statistics: Callable[[], ClassStatistics] | None = None  # of all micro-batches of all ranks
 
     def needs_first_pass(self, micro_batches: int) -> bool:
         # One micro-batch is the whole batch: its loss exchanges its own statistics.
         return micro_batches > 1 and self.objective.centroids == "exact"
 
     def before_step(self, forward: Forward, micro_batches: Sequence[MicroBatch]) -> None:
-        self.statistics = None
+        self.step_statistics = None
         if not self.needs_first_pass(len(micro_batches)):
             return
         embeddings = first_pass(self.network, forward, micro_batches)
@@ -46,17 +47,17 @@ class VarConLearner(Learner):
         total = parts[0]
         for part in parts[1:]:
             total = total + part
-        self.statistics = total.all_reduce()
+        self.step_statistics = cache(total.begin_all_reduce())  # beside the first micro-batch's forward pass
 
     def loss(self, forward: Forward, batch: MicroBatch) -> tuple[Tensor, Terms]:
         o, embeddings, labels = self.objective, forward(*batch.views), batch.for_every_view(batch.labels)
         shared = o.model_dump(include={"temperature", "epsilon", "kl_weight", "nll_weight", "detach_target"})
-        if self.statistics is None:
+        if self.step_statistics is None:
             loss, terms = varcon_loss(
                 embeddings, labels, self.num_classes, detach_centroids=o.detach_centroids, **shared
             )
         else:
-            loss, terms = varcon_loss_from_statistics(embeddings, labels, self.statistics, **shared)
+            loss, terms = varcon_loss_from_statistics(embeddings, labels, self.step_statistics(), **shared)
         # Moments about the fixed temperature: they average exactly over batches and ranks, without cancellation.
         offset = terms["tau2"] - o.temperature
         return loss, {
