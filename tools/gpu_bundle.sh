@@ -3,15 +3,16 @@
 # small enough for one transfer each.
 set -euo pipefail
 
+has="accelerate numba pytest scikit-learn tensorboard timm torch torchvision triton"
 usage() {
-    cat <<'USAGE'
+    cat <<USAGE
 usage: tools/gpu_bundle.sh [--python 3.12] [--mib 60] [--cifar100 FILE.npz] [--lacks "NAME ..."] OUT
 
   --python VERSION   of the machine with the GPU (default: 3.12)
   --mib N            that a part may have at most (default: 60)
   --cifar100 FILE    x_train, y_train, x_test, y_test; without it run 3 has no data
-  --lacks NAMES      packages to bring, in the versions of requirements.lock (default: what an image with torch,
-                     torchvision, triton, accelerate, scikit-learn, tensorboard, timm and pytest lacks)
+  --lacks NAMES      packages to bring, in the versions of requirements.lock (default: what an image lacks that has
+                     $has)
 
 There, in a checkout:  tools/gpu_plan.sh receive OUT/part1 (and each further part), then  tools/gpu_plan.sh 1
 USAGE
@@ -24,7 +25,7 @@ mib=60
 cifar100=
 out=
 # typing-extensions it has, but maybe an older one than pydantic needs.
-lacks="deepspeed hjson pydantic pydantic-core annotated-types typing-extensions typing-inspection submitit ffcv"
+lacks="deepspeed einops hjson msgpack pydantic pydantic-core annotated-types typing-extensions typing-inspection submitit ffcv"
 lacks+=" pytorch-metric-learning"
 built="deepspeed ffcv" # from source; their wheels serve every Python
 extra=(lightly==1.6.0 lightning-utilities==0.15.3) # measured against, and not in requirements.lock

@@ -290,7 +290,8 @@ def _pil_batches(job: Job, number: int, size: int, views: int, transform: Callab
     order = np.random.default_rng(number).permutation(len(labels))
     yield from DataLoader(
         Dataset(),
-        batch_sampler=np.resize(order, (number, size)).tolist(),
+        # As many more as workers prepare ahead: what is prepared ends with the clock, not before it.
+        batch_sampler=np.resize(order, (number + 2 * job.cores, size)).tolist(),
         num_workers=job.cores,
         multiprocessing_context="fork",
         pin_memory=torch.cuda.is_available(),

@@ -130,8 +130,7 @@ def measure(steps_of: Steps, untimed: int, timed: int) -> dict[str, float]:
 
     on_gpu = torch.cuda.is_available()
     synchronize = torch.cuda.synchronize if on_gpu else lambda: None
-    number = 2 * untimed + timed  # so that nothing runs dry before the clock stops
-    with contextlib.closing(steps_of(number)) as steps:
+    with contextlib.closing(steps_of(untimed + timed)) as steps:
         for _ in range(untimed):
             next(steps)
         synchronize()
