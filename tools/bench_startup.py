@@ -115,8 +115,12 @@ def child(arguments: list[str]) -> None:
     with_imports = clock.timed(run, "everything else")
 
     def first_step(*args: object) -> None:
+        import torch
+
         with clock.row("first step"):
             take_step(*args)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
         clock.turn("everything else")
         print(json.dumps([clock.seconds, clock.cpu_seconds]), flush=True)
         os._exit(0)

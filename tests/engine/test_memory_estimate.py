@@ -54,6 +54,13 @@ def test_the_estimate_is_within_15_percent(measured, zero):
     assert all(0.85 < ratio < 1.15 for ratio in ratios.values()), ratios
 
 
+@pytest.mark.slow
+def test_the_estimate_is_within_15_percent_at_full_size(launch, tmp_path):
+    """ResNet-50 at 224 pixels."""
+    (case,) = measure(launch, tmp_path, "zero0", ["imagenet100-varcon batch.global_batch_size=8"])
+    assert sum(case["estimate"].values()) == pytest.approx(case["measured"], rel=0.15)
+
+
 def test_more_micro_batches_take_memory_for_their_views_alone(measured):
     few, many = measured("zero0")[-2:]
     more_views = many["estimate"]["views"] - few["estimate"]["views"]
