@@ -143,7 +143,7 @@ def steps(options: argparse.Namespace) -> Stages:
     yield SMOKE
     yield step_beside(options, ["ours", "usual-amp", "lightly", "supervised"], 150)
     yield profile(options, 40)
-    batches, zeros, compiled = "128,512", "zero1,zero2,zero3", "true"
+    batches, zeros, compiled = "64,128,512", "zero1,zero2,zero3", "true"
     if options.toy:
         batches, zeros, compiled = "8", "zero2", "false"  # a CPU would compile for minutes
     varied = ["--vary", f"batch.global_batch_size={batches}"]

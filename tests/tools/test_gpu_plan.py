@@ -35,18 +35,18 @@ def run(repository, tmp_path):
     return start
 
 
-def stages(ended, out, number):
+def stages(ended, out, name):
     assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]
-    document = json.loads((out / f"run{number}.json").read_text())
-    assert (document["run"], document["toy"]) == (str(number), True)
+    document = json.loads((out / f"{name}.json").read_text())
+    assert (document["run"], document["toy"]) == (name.removeprefix("run"), True)
     assert {stage["outcome"] for stage in document["stages"]} == {"done"}
-    assert (out / f"run{number}.md").read_text().strip() in ended.stdout
+    assert (out / f"{name}.md").read_text().strip() in ended.stdout
     return {stage["title"]: stage for stage in document["stages"]}
 
 
 @pytest.mark.timeout(1800)
 def test_the_first_run_in_small(run, tmp_path):
-    found = stages(run("--toy", 1), tmp_path / "out", 1)
+    found = stages(run("--toy", 1), tmp_path / "out", "run1")
     assert list(found) == [
         "smoke",
         "tests that need a GPU",
@@ -64,8 +64,16 @@ def test_the_first_run_in_small(run, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
+def test_what_is_worth_the_most_in_small(run, tmp_path):
+    found = stages(run("--toy", "first"), tmp_path / "out", "first")
+    assert list(found) == ["smoke", "step", "profile", "tests that need a GPU"]
+    assert all(stage["tables"][0] for stage in found.values())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_the_second_run_in_small(run, tmp_path):
-    found = stages(run("--toy", 2), tmp_path / "out", 2)
+    found = stages(run("--toy", 2), tmp_path / "out", "run2")
     assert [row["title"] for row in found["step"]["left"][0]["rows"]] == ["varscale", "supervised, cross-entropy"]
     assert [row["views"] for row in found["batch sizes"]["left"][0]["rows"]] == [8, 16]
     assert sum(found["profile"]["left"][0]["host"].values()) > 0
@@ -80,7 +88,7 @@ def test_the_second_run_in_small(run, tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_third_run_in_small(run, tmp_path):
-    found = stages(run("--toy", 3), tmp_path / "out", 3)
+    found = stages(run("--toy", 3), tmp_path / "out", "run3")
     assert list(found) == ["smoke", "conversion", "the time of a step", "training, 2 epochs", "evaluation"]
     assert found["training, 2 epochs"]["left"][0][-1]["step"] > 0
     measured = found["evaluation"]["left"][0]
