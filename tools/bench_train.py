@@ -99,8 +99,8 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     options.data = options.data or ("cifar" if options.image_size <= SMALL_IMAGE else "synthetic")
     if options.warm_up is None:
         options.warm_up = 2 * options.cores + 2
-    if options.count is None:  # ours begins an epoch with every round, and shall not end it in one
-        options.count = max(16, options.warm_up + options.steps + 1) * largest_batch(options)
+    if options.count is None:  # ours begins an epoch with every round, and shall decode ahead until its clock stops
+        options.count = max(16, options.warm_up + options.steps + 6) * largest_batch(options)
     return options
 
 

@@ -141,31 +141,32 @@ def kernels(options: argparse.Namespace) -> Stages:
 def steps(options: argparse.Namespace) -> Stages:
     """Run 2: the training step beside others, its profile, then ours at several settings."""
     yield SMOKE
-    yield step_beside(options, ["ours", "usual-amp", "lightly", "supervised"], 150)
+    yield step_beside(options, ["ours", "usual-amp", "lightly", "supervised"], 170)
     yield profile(options, 40)
     batches, zeros, compiled = "64,128,512", "zero1,zero2,zero3", "true"
     if options.toy:
         batches, zeros, compiled = "8", "zero2", "false"  # a CPU would compile for minutes
     varied = ["--vary", f"batch.global_batch_size={batches}"]
-    yield bench(options, "batch sizes", 50, "batch", "--only", "ours", *varied)
+    yield bench(options, "batch sizes", 60, "batch", "--only", "ours", *varied)
     varied = [f"deepspeed.config={zeros}", "compute.channels_last=false", "compute.precision=float32"]
     varied = [word for setting in varied for word in ("--vary", setting)]
     yield bench(options, "ZeRO stages, layout, precision", 70, "zero", "--only", "ours", *varied)
     # Last, for it may take all the time that is left: compilation alone took more than 80 seconds on an H100's machine.
-    yield bench(options, "compiled", 190, "compiled", "--only", "ours", "--vary", f"compute.compile={compiled}")
+    yield bench(options, "compiled", 160, "compiled", "--only", "ours", "--vary", f"compute.compile={compiled}")
 
 
 def step_beside(options: argparse.Namespace, names: list[str], limit: int) -> Stage:
     """Ours beside others, on images that are kept for `profile`."""
     names = ["ours", "supervised"] if options.toy else names
     options.images = fresh(options.work / "images")
-    return bench(options, "step", limit, "step", "--only", *names, "--folder", str(options.images))
+    # Two bursts of as many batches as the others have worker processes on 16 cores.
+    return bench(options, "step", limit, "step", "--only", *names, "--folder", str(options.images), steps=32)
 
 
-def bench(options: argparse.Namespace, title: str, limit: int, name: str, *arguments: str) -> Stage:
+def bench(options: argparse.Namespace, title: str, limit: int, name: str, *arguments: str, steps: int = 10) -> Stage:
     path = options.work / f"{name}.json"
-    scale = ["--encoder", "resnet50", "--image-size", "224", "--batch", "256", "--rounds", "3", "--steps", "32"]
-    scale += ["--warm-up", "12"]  # steps: two bursts of as many batches as a machine of 16 cores has workers
+    scale = ["--encoder", "resnet50", "--image-size", "224", "--batch", "256", "--rounds", "3", "--steps", str(steps)]
+    scale += ["--warm-up", "12"]
     if options.toy:
         scale = ["--batch", "4", "--image-size", "16", "--stem", "imagenet", "--rounds", "1", "--steps", "1"]
         scale += ["--warm-up", "1", "--data", "synthetic"]
@@ -274,8 +275,8 @@ def perform(stage: Stage, log) -> dict:
         os.killpg(process.pid, signal.SIGKILL)
         try:
             printed, _ = process.communicate(timeout=10)
-        except subprocess.TimeoutExpired as error:  # a process that left the group holds the pipe
-            printed = error.stdout or b""
+        except subprocess.TimeoutExpired as error:
+            printed, outcome = error.stdout or b"", f"{outcome}; a process that it started is still running"
     except BaseException:
         os.killpg(process.pid, signal.SIGKILL)
         raise

@@ -29,13 +29,19 @@ def mark(tmp_path):
     return marked
 
 
-FINE = {"kl": torch.tensor(-1.0), "direction": torch.ones(3), "seen_histogram": torch.tensor([2**40, 0])}
+FINE = {
+    "kl": torch.tensor(-1.0),
+    "exact": torch.tensor(0.5, dtype=torch.float64),
+    "direction": torch.ones(3),
+    "seen_histogram": torch.tensor([2**40, 0]),
+}
 
 
 @pytest.mark.parametrize("loss_limit", [None, 6.0])
 def test_a_good_step_is_left_as_it_is(mark, loss_limit):
     loss, gradient, terms = mark(loss_limit, **FINE)
     assert (loss, gradient) == (6.0, 2.0)
+    assert terms["loss"].dtype == torch.float32
     assert terms["loss"].item() == 6.0
 
 

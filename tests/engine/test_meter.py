@@ -34,6 +34,19 @@ def test_a_restored_meter_reads_the_same():
         assert torch.equal(ours[name], theirs[name]), name
 
 
+def test_no_format_of_a_term_costs_another_its_digits():
+    meter, large = Meter(), 2**24 + 1
+    meter.add([{"loss": torch.tensor(1.0), "present": torch.tensor(large), "half": torch.tensor(1.5).bfloat16()}])
+    assert meter.read() == {"loss": 1.0, "present": float(large), "half": 1.5}
+
+
+def test_a_term_may_come_later_and_stay_away():
+    meter = Meter()
+    meter.add([{"loss": torch.tensor(1.0), "early": torch.tensor(4.0)}])
+    meter.add([{"loss": torch.tensor(2.0), "late": torch.tensor(6.0)}])
+    assert meter.read() == {"loss": 1.5, "early": 2.0, "late": 3.0}
+
+
 def test_an_empty_meter_is_restored_empty():
     meter = Meter()
     meter.add(terms(1.0))

@@ -46,6 +46,8 @@ def test_all_that_is_imported_is_there_or_brought(repository):
     done = subprocess.run([sys.executable, "-c", IMPORTED], cwd=repository, capture_output=True, text=True, timeout=120)
     imported = {normal(name) for name in done.stdout.splitlines()[-1].split()}
     assert {"deepspeed", "numba", "torch"} < imported, done.stderr
+    lock = (repository / "requirements.lock").read_text()
+    imported &= {normal(name) for name in re.findall(r"^([\w.-]+)==", lock, re.MULTILINE)}
     assert imported - with_requirements(has) - {normal(name) for name in brought} <= {"varscale"}
 
 

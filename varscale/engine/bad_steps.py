@@ -59,7 +59,7 @@ class BadSteps:
         poison = values.mul(0).sum()  # 0, or NaN: in far fewer launches than isfinite's
         if self.config.loss_limit is not None:
             poison = torch.where(loss.detach() <= self.config.loss_limit, poison, math.nan)
-        loss = loss * (1 + poison)
+        loss = loss * (1 + poison).to(loss.dtype)
         return loss, terms | {"loss": loss}
 
     def handle(self, state: TrainState, step: TakenStep) -> None:

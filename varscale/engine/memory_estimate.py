@@ -51,7 +51,7 @@ def memory_estimate(config: Config, sizes: BatchSizes, deepspeed: dict, learner:
     if stage == 0 and ranks == 1:
         backward = peak
     elif stage == 0:
-        backward = max(peak, whole + reduced)
+        backward = max(peak, whole + reduced + min(_turned_over(config, learner), bucket))
     elif stage == 1:
         backward = max(peak, whole + share - buffers)  # the latter while the optimizer steps, without the buffers
     elif stage == 2:
@@ -75,6 +75,14 @@ def memory_estimate(config: Config, sizes: BatchSizes, deepspeed: dict, learner:
         "backward": backward,
     }
     return {name: size for name, size in parts.items() if size}
+
+
+def _turned_over(config: Config, learner: Learner) -> int:
+    """Bytes of gradients in channels-last, of which DeepSpeed makes contiguous copies before it puts them together."""
+    if not config.compute.channels_last:
+        return 0
+    parameters = learner.network.parameters()
+    return sum(p.nbytes for p in parameters if p.dim() == 4 and p.requires_grad and p.shape[2:].numel() > 1)
 
 
 def simulated_peak(config: Config, sizes: BatchSizes, learner: Learner, *, keeps_gradients: bool) -> int:

@@ -47,9 +47,11 @@ class Meter:
             else:
                 averaged.append(name)
         if averaged:  # all of them at once, for on a GPU each operation is a launch
-            means = _over(step, *averaged).view(len(averaged), len(step)).mean(dim=1).unbind()
-            sums = torch._foreach_add(means, [self.sums[name] for name in averaged]) if self.sums else means
-            self.sums = dict(zip(averaged, sums, strict=True))
+            means = _over(step, *averaged).view(len(averaged), len(step)).mean(dim=1)
+            if new := [name for name in averaged if name not in self.sums]:
+                self.sums |= zip(new, means.new_zeros(len(new)).unbind(), strict=True)
+            sums = torch._foreach_add(means.unbind(), [self.sums[name] for name in averaged])
+            self.sums |= zip(averaged, sums, strict=True)
 
     def begin_reading(self) -> Callable[[], dict[str, Tensor]]:
         """Start anew; what was added on every rank before is on its way to the host, and the function returns it, in
@@ -103,7 +105,8 @@ def _share(table: str, values: Tensor, rank: int, world_size: int) -> Tensor:
 
 def _over(step: Sequence[dict[str, Tensor]], *names: str) -> Tensor:
     """Terms of all micro-batches, those of one name behind each other: (names x micro-batches, ...) float64."""
-    return torch.stack([terms[name].detach() for name in names for terms in step]).double()
+    values = (terms[name].detach() for name in names for terms in step)
+    return torch.stack([v if v.dtype in (torch.float32, torch.float64) else v.double() for v in values]).double()
 
 
 def _sign(name: str) -> int:

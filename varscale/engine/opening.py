@@ -111,10 +111,9 @@ def open_steps(
             rank=ranks.rank,
             world_size=ranks.world_size,
         )[first:]
-        gc.collect()
-        if ranks.device.type == "cpu":
-            give_back_memory()
         with closing(loader.batches(plan.reshape(-1, sizes.micro_batch_size), epoch)) as batches:
+            gc.collect()
+            give_back_memory()
             for number in range(first, first + len(plan)):
                 if number % STEPS_PER_COLLECTION == 0:
                     gc.collect(1)

@@ -26,8 +26,8 @@ from varscale.engine.throughput import Throughput
 
 # On the progress bar, and what for.
 SHOWN = {name: name for name in ("loss", "kl", "nll", "cosine", "top1", "lr")}
-SHOWN |= {"images_per_second": "images/s", "views_per_second": "views/s", "step_ms_p50": "ms", "step_ms_p90": "p90 ms"}
-SHOWN |= {"data_wait_share": "data wait", "mfu": "MFU"}
+SHOWN |= {"images_per_second": "images/s", "data_wait_share": "data wait", "mfu": "MFU"}
+SHOWN |= {"views_per_second": "views/s", "step_ms_p50": "ms", "step_ms_p90": "p90 ms"}
 SHOWN |= {"process_memory_peak_gib": "GiB", "device_memory_peak_gib": "GiB"}  # the device's, where there is one
 
 

@@ -48,6 +48,8 @@ class VarConLearner(Learner):
         for part in parts[1:]:
             total = total + part
         self.step_statistics = cache(total.begin_all_reduce())  # beside the first micro-batch's forward pass
+        if any(hasattr(parameter, "ds_id") for parameter in self.network.parameters()):
+            self.step_statistics()  # ZeRO-3's gathers are of another group, and NCCL's must not be under way together
 
     def loss(self, forward: Forward, batch: MicroBatch) -> tuple[Tensor, Terms]:
         o, embeddings, labels = self.objective, forward(*batch.views), batch.for_every_view(batch.labels)
