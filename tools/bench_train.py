@@ -16,7 +16,8 @@ supervised step decodes an image for every view. "Data" is the share of time in 
 CPU ours includes the augmentation, which the others' worker processes do. TFLOP/s are operations counted from the
 encoder and our head (`varscale.engine.flops`), the same for every row.
 
-Ours is configured by --config and key=value, as train.py is. lightly takes part where it is installed.
+Ours is configured by --config and key=value, as train.py is; on a CPU that is slow in bfloat16 in float32, unless they
+say otherwise, as a run there advises. lightly takes part where it is installed.
 """
 
 import argparse
@@ -121,9 +122,13 @@ def kept(folder: Path) -> AbstractContextManager[Path]:
 
 
 def overrides_of(options: argparse.Namespace, folder: Path) -> list[str]:
-    """Of the recipe: what the options say, then what the user says."""
+    """Of the recipe: what the machine advises and the options say, then what the user says."""
+    from varscale.models.precision import is_fast_in_bfloat16
+
     stem = "null" if options.encoder.startswith("vit") else options.stem
+    advised = [] if is_fast_in_bfloat16("cuda" if has_cuda() else "cpu") else ["compute.precision=float32"]
     return [
+        *advised,
         f"data.dir={folder / 'converted'}",
         f"data.image_size={options.image_size}",
         f"encoder={{name: {options.encoder}, stem: {stem}}}",

@@ -8,6 +8,8 @@ import sys
 import numpy as np
 import pytest
 
+from varscale.config import load_config
+
 SMALL = ["--batch", "4", "--image-size", "16", "--stem", "imagenet", "--rounds", "1", "--steps", "1", "--warm-up", "1"]
 
 
@@ -184,10 +186,28 @@ def test_mfu_is_a_share_of_what_the_device_does_in_the_rows_own_format(bench):
 def test_every_row_has_its_precision_and_no_epoch_ends_in_a_round(bench, tmp_path):
     vary = ["--vary", "compute.precision=float32", "--vary", "batch.global_batch_size=64,512"]
     options = bench.parse_arguments(["--batch", "256", "--warm-up", "12", "--steps", "10", "--only", "ours", *vary])
-    assert options.count == 23 * 512
+    options.overrides = ["compute.precision=bfloat16"]
+    assert options.count == (12 + 10 + 6) * 512
     rows = bench.rows_of(options, bench.load_config(options.config, bench.overrides_of(options, tmp_path)), tmp_path)
     assert [row.precision for row in rows] == ["bfloat16", "float32", "bfloat16", "bfloat16"]
     assert [row.views for row in rows] == [512, 512, 128, 1024]
+
+
+@pytest.mark.parametrize(
+    ("amx", "cuda", "said", "precision"),
+    [
+        (False, False, [], "float32"),
+        (True, False, [], "bfloat16"),
+        (False, True, [], "bfloat16"),
+        (False, False, ["compute.precision=bfloat16"], "bfloat16"),
+    ],
+)
+def test_ours_runs_in_the_format_that_a_run_advises(bench, monkeypatch, tmp_path, amx, cuda, said, precision):
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: amx, raising=False)
+    monkeypatch.setattr(bench, "has_cuda", lambda: cuda)
+    options = bench.parse_arguments([*SMALL, *said])
+    overrides = bench.overrides_of(options, tmp_path)
+    assert load_config(options.config, overrides).compute.precision == precision
 
 
 @pytest.mark.slow

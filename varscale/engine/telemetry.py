@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Self
 
-import torch
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 from tqdm import tqdm
 
@@ -23,6 +22,7 @@ from varscale.engine.phases import in_phase, phase
 from varscale.engine.state import TrainState
 from varscale.engine.taken import TakenStep
 from varscale.engine.throughput import Throughput
+from varscale.models.precision import is_fast_in_bfloat16
 
 # On the progress bar, and what for.
 SHOWN = {name: name for name in ("loss", "kl", "nll", "cosine", "top1", "lr")}
@@ -65,7 +65,7 @@ class Telemetry:
         self.bar = tqdm(
             total=total_steps, initial=state.step, unit="step", dynamic_ncols=True, smoothing=0.1, mininterval=interval
         )
-        if ranks.device.type == "cpu" and config.compute.precision == "bfloat16" and not _has_matrix_unit():
+        if config.compute.precision == "bfloat16" and not is_fast_in_bfloat16(ranks.device):
             self.say("note: without AMX, compute.precision=float32 may be the faster one on this CPU")
 
     def __enter__(self) -> Self:
@@ -161,12 +161,6 @@ class Telemetry:
         if warning and epoch != self.warned:
             self.warned = epoch
             self.warn(f"step {step}: {warning}")
-
-
-def _has_matrix_unit() -> bool:
-    """Whether the CPU multiplies matrices of bfloat16 in a unit of its own; torch's answer is a private function."""
-    known = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return known is None or known()
 
 
 def _start_tracker(name: str, run: Path, config: Config, step: int) -> GeneralTracker:
