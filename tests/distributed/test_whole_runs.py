@@ -22,7 +22,8 @@ from safetensors.torch import load_file
 from varscale.engine.checkpoints import read_part, read_state, write_checkpoint
 from varscale.engine.metrics import MEASURED
 
-pytestmark = pytest.mark.slow  # tests/test_train_runs.py has ViTs on two ranks, and from ZeRO-3 on two to one
+# tests/test_train_runs.py has ViTs on two ranks, and from ZeRO-3 on two to one. To compile C++ takes minutes.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
 START, STEPS = 10, 20
 SLACK = 4
@@ -86,7 +87,7 @@ class Runs:
             self.folder.mkdir(exist_ok=True)
             task = [recipe, [*COMMON, f"data.dir={self.data}", *settings, *overrides], start and str(start)]
             (self.folder / "runs.json").write_text(json.dumps({run.name: task}))
-            self.run_ranks(Path(__file__).with_name("train_worker.py"), world_size, self.folder, timeout=500)
+            self.run_ranks(Path(__file__).with_name("train_worker.py"), world_size, self.folder, timeout=1200)
         return run
 
     def reference(self, kind: str) -> Path:
