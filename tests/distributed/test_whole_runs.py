@@ -42,7 +42,6 @@ COMMON = [
 RESNET = ["data.image_size=16", "batch.global_batch_size=64", "schedule.epochs=6"]
 VIT = ["encoder.name=vit_ti", "encoder.stem=null", "encoder.patch_size=8", "data.image_size=16"]
 SGD = ["optimizer.name=sgd", "optimizer.lr=0.02"]
-COMPILED = ["compute.compile=true", "optimizer.clip_grad_norm=0.5"]
 VSSL = [
     *SGD,
     "data.augmentation=byol",
@@ -56,12 +55,14 @@ KINDS = {
     "varcon-vit-bfloat16": ("digits-varcon", [*VIT, "optimizer.lr=0.01", "compute.precision=bfloat16"]),
     "varcon-vit-compiled": (
         "digits-varcon",
-        [*VIT, *COMPILED, "encoder.activation_checkpointing=true", "optimizer.name=lars", "optimizer.lr=0.5"],
+        [
+            *VIT,
+            "compute.compile=true",
+            "encoder.activation_checkpointing=true",
+            "optimizer={name: lars, lr: 0.5, clip_grad_norm: 0.5}",
+        ],
     ),
-    "varcon-resnet-compiled": (
-        "digits-varcon",
-        [*RESNET, *COMPILED, "data.local_views=2", "data.local_size=8", "optimizer.lr=0.05"],
-    ),
+    "varcon-resnet-compiled": ("digits-varcon", [*RESNET, "compute.compile=true", "optimizer.lr=0.05"]),
     "vssl-resnet": ("digits-vssl", [*RESNET, *VSSL]),
     "vssl-vit": ("digits-vssl", [*VIT, *VSSL]),
     "supcon-vit": ("digits-supcon", [*VIT, "optimizer.lr=0.01"]),
